@@ -6,12 +6,11 @@
 __all__ = ['group_norm', 'ResnetBlock', 'Downsample', 'Upsample', 'level', 'run', 'middle', 'Encoder', 'Decoder',
            'PatchDiscriminator', 'our_name', 'published_names']
 
-# %% ../nbs/03_architecture.ipynb #c68be331
-import torch
+# %% ../nbs/03_architecture.ipynb #95bf6dfa
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/03_architecture.ipynb #ed21c015
+# %% ../nbs/03_architecture.ipynb #e435a553
 def group_norm(
     width: int,  # channels, a multiple of 32 or 24
 ) -> nn.GroupNorm:
@@ -40,7 +39,7 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
-# %% ../nbs/03_architecture.ipynb #eb2a35d9
+# %% ../nbs/03_architecture.ipynb #9437fac0
 class Downsample(nn.Conv2d):
     "Halve the sides: zero padding right and bottom, 3x3 convolution of stride 2."
 
@@ -54,7 +53,7 @@ class Upsample(nn.Conv2d):
     def __init__(self, width: int): super().__init__(width, width, 3, padding=1)
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
-# %% ../nbs/03_architecture.ipynb #2987a270
+# %% ../nbs/03_architecture.ipynb #9dea4ca2
 def level(
     width_in: int,               # channels in
     width_out: int,              # channels out
@@ -84,7 +83,7 @@ def middle(width: int) -> nn.Module:
     stage.block_1, stage.block_2 = ResnetBlock(width, width), ResnetBlock(width, width)
     return stage
 
-# %% ../nbs/03_architecture.ipynb #dee7c403
+# %% ../nbs/03_architecture.ipynb #22489ac6
 class Encoder(nn.Module):
     "Picture (B, 3, H, W) to latent (B, d, H/f, W/f)."
 
@@ -112,7 +111,7 @@ class Encoder(nn.Module):
         for stage in [*self.down, self.mid]: x = run(stage, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/03_architecture.ipynb #bfaa52aa
+# %% ../nbs/03_architecture.ipynb #6e96b3e7
 class Decoder(nn.Module):
     "Latent (B, d, h, w) to picture (B, 3, h*f, w*f), not clamped."
 
@@ -140,7 +139,7 @@ class Decoder(nn.Module):
         for stage in reversed(self.up): x = run(stage, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/03_architecture.ipynb #00d6399d
+# %% ../nbs/03_architecture.ipynb #adbc5481
 class PatchDiscriminator(nn.Module):
     "Picture (B, 3, H, W) to one logit per patch (B, 1, H/8 - 2, W/8 - 2); large means real."
 
@@ -160,7 +159,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x)
 
-# %% ../nbs/03_architecture.ipynb #1d659c64
+# %% ../nbs/03_architecture.ipynb #b386746f
 def our_name(
     published: str,  # "down.0.downsample.conv.conv.weight"
 ) -> str:  # "down.0.downsample.weight"

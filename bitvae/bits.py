@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'MAGIC', 'VERSION', 'ladder', 'extend',
            'stretch', 'nearest', 'scale_schedule', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select', 'equal',
-           'sealed', 'unseal', 'pack', 'read_header', 'unpack', 'write_atomically', 'read_bits']
+           'sealed', 'unseal', 'pack', 'read_header', 'unpack', 'replacing', 'write_bits', 'read_bits']
 
-# %% ../nbs/01_bits.ipynb #88b332ac
+# %% ../nbs/01_bits.ipynb #2b4ef0b4
 import json
 import math
 import os
@@ -15,6 +15,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_bits.ipynb #b61e51d8
+# %% ../nbs/01_bits.ipynb #4263c09c
 Size = tuple[int, int]
 Schedule = tuple[Size, ...]
 
@@ -44,7 +45,7 @@ DYNAMIC = [ladder(text) for text in (
     "1 2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37 144x48 180x60 222x74",
 )]  # fmt: skip
 
-# %% ../nbs/01_bits.ipynb #f4595bc7
+# %% ../nbs/01_bits.ipynb #2f44340f
 DENSE = ladder(" ".join(map(str, [*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128])))
 ORIGINAL = {
     (16, 16): ladder("1 2 3 4 5 6 8 10 13 16"),
@@ -60,7 +61,7 @@ LISTED = {
     "half": WIDE | {(16, 16): ORIGINAL[16, 16], (32, 32): ORIGINAL[16, 16], (64, 64): DYNAMIC[0][:7]},
 }
 
-# %% ../nbs/01_bits.ipynb #05280f50
+# %% ../nbs/01_bits.ipynb #95201a5b
 def extend(
     rungs: Schedule,  # one ladder
     area: int,        # tokens wanted at the last scale
@@ -82,7 +83,7 @@ def stretch(
     scaled = [(max(1, int(a * h / H + 0.5)), max(1, int(b * w / W + 0.5))) for a, b in rungs]
     return tuple(dict.fromkeys([(1, 1), *scaled[1:], (h, w)]))
 
-# %% ../nbs/01_bits.ipynb #39103bd4
+# %% ../nbs/01_bits.ipynb #15836b7c
 def nearest(
     ladders: list[Schedule],  # one per aspect ratio
     h: int,                   # tokens down
@@ -117,7 +118,7 @@ def scale_schedule(
         return stretch(min(ORIGINAL.values(), key=lambda r: abs(math.log(math.prod(r[-1]) / (h * w)))), h, w)
     return stretch(nearest(DYNAMIC if mode == "dynamic" else [DENSE], h, w), h, w)
 
-# %% ../nbs/01_bits.ipynb #dd310650
+# %% ../nbs/01_bits.ipynb #04f20ec0
 class BitsError(ValueError):
     "Bits that do not fit together, or bytes that are not what was written."
 
@@ -134,7 +135,7 @@ def check_planes(
         if plane.dtype != torch.bool or plane.shape != (B, h, w, d):
             raise BitsError(f"plane {k} must be bool {(B, h, w, d)}, got {plane.dtype} {tuple(plane.shape)}")
 
-# %% ../nbs/01_bits.ipynb #5b02c4f1
+# %% ../nbs/01_bits.ipynb #4793a8de
 @dataclass(frozen=True, eq=False, repr=False)
 class Bits:
     "An image, or a batch of them, as bit planes from coarse to fine."
@@ -171,11 +172,11 @@ class Bits:
     def to_bytes(self) -> bytes: "Packed, one bit per bit, with check sums."; return pack(self)
     @staticmethod
     def from_bytes(data: bytes) -> "Bits": "What `to_bytes` packed; raises `BitsError`."; return unpack(data)
-    def save(self, file: str | os.PathLike) -> Path: "Write `to_bytes` to a file."; return write_atomically(file, pack(self))
+    def save(self, file: str | os.PathLike) -> Path: "Write `to_bytes` to a file."; return write_bits(self, file)
     @staticmethod
     def load(file: str | os.PathLike) -> "Bits": "Read what `save` wrote; raises `BitsError`."; return read_bits(file)
 
-# %% ../nbs/01_bits.ipynb #d6360c6c
+# %% ../nbs/01_bits.ipynb #6e7554d7
 def prefix(
     bits: Bits,
     scales: slice,  # `bits[:k]`, k >= 1
@@ -204,7 +205,7 @@ def equal(a: Bits, b: Bits) -> bool:
     facts = [(x.schedule, x.latent_size, x.image_size, len(x), x.batch, x.dim) for x in (a, b)]
     return facts[0] == facts[1] and all(torch.equal(p, q.to(p.device)) for p, q in zip(a, b, strict=True))
 
-# %% ../nbs/01_bits.ipynb #13678a56
+# %% ../nbs/01_bits.ipynb #14fd962c
 MAGIC, VERSION = b"BVAE", 1
 
 
@@ -227,7 +228,7 @@ def unseal(
         raise BitsError(f"{what} is damaged (its check sum differs): fetch or write the file again")
     return bytes(part)
 
-# %% ../nbs/01_bits.ipynb #b40f1b1d
+# %% ../nbs/01_bits.ipynb #1267752d
 def pack(bits: Bits) -> bytes:
     "Header and planes, one bit per bit, each part followed by its check sum."
     header = {"batch": bits.batch, "dim": bits.dim, "planes": len(bits), "schedule": bits.schedule}
@@ -235,7 +236,7 @@ def pack(bits: Bits) -> bytes:
     head = MAGIC + struct.pack("<BI", VERSION, len(text)) + text
     return sealed(head) + b"".join(sealed(np.packbits(p.cpu().numpy().ravel()).tobytes()) for p in bits)
 
-# %% ../nbs/01_bits.ipynb #94c3772c
+# %% ../nbs/01_bits.ipynb #7989d675
 def read_header(data: memoryview) -> tuple[dict, int]:
     "Check and parse the start of the bytes; returns the header and where the planes begin."
     if bytes(data[:4]) != MAGIC:
@@ -266,20 +267,25 @@ def unpack(
     image_size = header["image_size"] and tuple(header["image_size"])
     return Bits(planes, header["schedule"], header["latent_size"], image_size)
 
-# %% ../nbs/01_bits.ipynb #c707e4c1
-def write_atomically(
-    file: str | os.PathLike,
-    data: bytes,
-) -> Path:
-    "Write a file in one step: first beside its name, then renamed."
+# %% ../nbs/01_bits.ipynb #6a203d91
+@contextmanager
+def replacing(
+    file: str | os.PathLike,  # the final name
+) -> Iterator[Path]:  # a name beside it, to write to
+    "Write a file in one step: what the block writes is renamed at its end, or removed if it fails."
     file = Path(file)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(f".{os.getpid()}.{file.name}")
     try:
-        part.write_bytes(data)
+        yield part
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    return file
+
+
+def write_bits(bits: Bits, file: str | os.PathLike) -> Path:
+    "Write the packed bits to a file, in one step."
+    with replacing(file) as part: part.write_bytes(pack(bits))
+    return Path(file)
 
 
 def read_bits(file: str | os.PathLike) -> Bits:

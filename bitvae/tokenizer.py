@@ -7,7 +7,7 @@ __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'BitVAEConfig', 'config_from_dic
            'encode', 'decode', 'CheckpointError', 'read_weights', 'tokenizer_weights', 'config_from_weights', 'short',
            'build', 'weights_folder', 'fetch', 'save_tokenizer', 'read_config', 'load_tokenizer']
 
-# %% ../nbs/04_tokenizer.ipynb #368f1b8c
+# %% ../nbs/04_tokenizer.ipynb #f6663b7f
 import json
 import os
 import pickle
@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .architecture import Decoder, Encoder, group_norm, our_name, published_names
-from .bits import Bits, Size, scale_schedule, write_atomically
+from .architecture import Decoder, Encoder, group_norm, our_name
+from .bits import Bits, replacing, scale_schedule
 from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
 
-# %% ../nbs/04_tokenizer.ipynb #ced2d72e
+# %% ../nbs/04_tokenizer.ipynb #e925a6f0
 @dataclass(frozen=True)
 class BitVAEConfig:
     "What a tokenizer is: the shape of its networks and its schedule."
@@ -33,14 +33,16 @@ class BitVAEConfig:
     dim: int = 16                                       # bits per token, d
     channels: int = 128                                 # width at full resolution, c
     multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)      # width of each level, times c
-    res_blocks: int = 2                                 # residual blocks per level of the encoder
+    res_blocks: int = 2                                 # residual blocks per level of the encoder, one more in the decoder
     stride: int = 16                                    # pixels per token side, f, a power of two
     mode: str = "dynamic"                               # schedule of encode, see `scale_schedule`
 
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if self.dim < 1 or self.res_blocks < 1 or min(self.multipliers, default=0) < 1:
-            raise ValueError(f"dim, res_blocks and every multiplier must be at least 1: {self}")
+        if self.dim < 1 or self.res_blocks < 0 or min(self.multipliers, default=0) < 1:
+            raise ValueError(f"dim and every multiplier must be at least 1, and res_blocks not negative: {self}")
+        if self.res_blocks == 0 and set(self.multipliers) != {1}:
+            raise ValueError(f"without res_blocks nothing changes the encoder's width: multipliers must all be 1, got {self.multipliers}")
         steps = self.stride.bit_length() - 1
         if self.stride != 1 << steps or steps >= len(self.multipliers):
             raise ValueError(f"stride {self.stride} needs to be a power of two below 2**{len(self.multipliers)}, "
@@ -48,7 +50,7 @@ class BitVAEConfig:
         for m in self.multipliers: group_norm(self.channels * m)
         scale_schedule(16, 16, self.mode)
 
-# %% ../nbs/04_tokenizer.ipynb #71dbb89a
+# %% ../nbs/04_tokenizer.ipynb #8a4486a8
 def config_from_dict(
     values: Mapping,  # parsed JSON
 ) -> BitVAEConfig:
@@ -58,7 +60,7 @@ def config_from_dict(
         raise ValueError(f"unknown configuration keys {', '.join(unknown)}: known are {', '.join(known)}")
     return BitVAEConfig(**values)
 
-# %% ../nbs/04_tokenizer.ipynb #59ee1c4d
+# %% ../nbs/04_tokenizer.ipynb #de5c58d4
 def pad_to_stride(
     x: Tensor,    # (B, 3, H, W)
     stride: int,  # f
@@ -77,7 +79,7 @@ def check_pictures(
     if not (peak := x.detach().abs().amax().item()) <= 2:
         raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
-# %% ../nbs/04_tokenizer.ipynb #4d288e1b
+# %% ../nbs/04_tokenizer.ipynb #026c0992
 class BitVAE(nn.Module):
     "A bitwise visual tokenizer: encoder, multi-scale BSQ, decoder (Infinity, arXiv 2412.04431)."
 
@@ -116,7 +118,7 @@ class BitVAE(nn.Module):
     device = property(lambda self: self.encoder.conv_in.weight.device, doc="Where the weights live.")
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
-# %% ../nbs/04_tokenizer.ipynb #16925f14
+# %% ../nbs/04_tokenizer.ipynb #9bdb9647
 @torch.inference_mode()
 def encode(
     tok: BitVAE,
@@ -142,7 +144,7 @@ def decode(
     H, W = bits.image_size or y.shape[-2:]
     return y[..., :H, :W].to(bits.device)
 
-# %% ../nbs/04_tokenizer.ipynb #3e51a244
+# %% ../nbs/04_tokenizer.ipynb #82a2393c
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and what does not fit."
 
@@ -162,7 +164,7 @@ def read_weights(
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise CheckpointError(f"{file} is truncated or no checkpoint: fetch it again ({str(e).splitlines()[0]})") from e
 
-# %% ../nbs/04_tokenizer.ipynb #37665da2
+# %% ../nbs/04_tokenizer.ipynb #ca3a5248
 IGNORED = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
 
 
@@ -186,8 +188,8 @@ def config_from_weights(
 
     try:
         channels, dim = weights["encoder.conv_in.weight"].shape[0], weights["encoder.conv_out.weight"].shape[0]
-        levels, blocks = count("encoder.down.", 2), count("encoder.down.0.block.", 4)
-        widths = [weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+        levels, blocks = count("decoder.up.", 2), count("decoder.up.0.block.", 4) - 1
+        widths = [weights[f"decoder.up.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     except (KeyError, ValueError):
         raise CheckpointError(f"these are not the weights of such a tokenizer: they hold {short(weights)}") from None
     stride = 2 ** sum(f"encoder.down.{i}.downsample.weight" in weights for i in range(levels))
@@ -202,7 +204,7 @@ def short(
     names = list(names)
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/04_tokenizer.ipynb #b34872ac
+# %% ../nbs/04_tokenizer.ipynb #b0ce51bc
 def build(
     cls: type[BitVAE],
     config: BitVAEConfig,
@@ -219,7 +221,7 @@ def build(
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
     return tok.eval()
 
-# %% ../nbs/04_tokenizer.ipynb #95c8a470
+# %% ../nbs/04_tokenizer.ipynb #cea42d0a
 RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64", "infinity_vae_d32reg")
 REPOSITORY = "FoundationVision/Infinity"
 
@@ -243,7 +245,7 @@ def fetch(
         raise ConnectionError(f"cannot download {name}.pth: fetch it from the Hugging Face repository {REPOSITORY} on a machine with "
                               f"network and put it at {by_hand}, or pass its path ({str(e).splitlines()[0]})") from e  # fmt: skip
 
-# %% ../nbs/04_tokenizer.ipynb #560749c5
+# %% ../nbs/04_tokenizer.ipynb #2bb5e4d7
 def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
@@ -252,8 +254,8 @@ def save_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in tok.state_dict().items()}
-    write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-    write_atomically(folder / "config.json", (json.dumps(asdict(tok.config), indent=1) + "\n").encode())
+    with replacing(folder / "model.safetensors") as part: save_file(weights, part, metadata={"format": "pt"})
+    with replacing(folder / "config.json") as part: part.write_text(json.dumps(asdict(tok.config), indent=1) + "\n")
     return folder
 
 
@@ -266,7 +268,7 @@ def read_config(file: Path) -> BitVAEConfig:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
 
-# %% ../nbs/04_tokenizer.ipynb #355deeba
+# %% ../nbs/04_tokenizer.ipynb #8910cac1
 def load_tokenizer(
     cls: type[BitVAE],
     name: str | os.PathLike,  # a released name, a checkpoint file, or a folder of `save_pretrained`
