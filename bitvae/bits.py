@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'MAGIC', 'VERSION', 'ladder', 'extend',
-           'stretch', 'nearest', 'scale_schedule', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select', 'equal',
-           'sealed', 'unseal', 'pack', 'read_header', 'unpack', 'replacing', 'write_bits', 'read_bits']
+           'stretch', 'fitting', 'climbing', 'scale_schedule', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select',
+           'equal', 'sealed', 'unseal', 'pack', 'read_header', 'unpack', 'replacing', 'write_bits', 'read_bits']
 
-# %% ../nbs/01_bits.ipynb #2b4ef0b4
+# %% ../nbs/01_bits.ipynb #f9c14637
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_bits.ipynb #4263c09c
+# %% ../nbs/01_bits.ipynb #3d109dfa
 Size = tuple[int, int]
 Schedule = tuple[Size, ...]
 
@@ -45,7 +45,7 @@ DYNAMIC = [ladder(text) for text in (
     "1 2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37 144x48 180x60 222x74",
 )]  # fmt: skip
 
-# %% ../nbs/01_bits.ipynb #2f44340f
+# %% ../nbs/01_bits.ipynb #ba31d0af
 DENSE = ladder(" ".join(map(str, [*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128])))
 ORIGINAL = {
     (16, 16): ladder("1 2 3 4 5 6 8 10 13 16"),
@@ -61,7 +61,7 @@ LISTED = {
     "half": WIDE | {(16, 16): ORIGINAL[16, 16], (32, 32): ORIGINAL[16, 16], (64, 64): DYNAMIC[0][:7]},
 }
 
-# %% ../nbs/01_bits.ipynb #95201a5b
+# %% ../nbs/01_bits.ipynb #fac13096
 def extend(
     rungs: Schedule,  # one ladder
     area: int,        # tokens wanted at the last scale
@@ -83,18 +83,27 @@ def stretch(
     scaled = [(max(1, int(a * h / H + 0.5)), max(1, int(b * w / W + 0.5))) for a, b in rungs]
     return tuple(dict.fromkeys([(1, 1), *scaled[1:], (h, w)]))
 
-# %% ../nbs/01_bits.ipynb #15836b7c
-def nearest(
+# %% ../nbs/01_bits.ipynb #c2c8bc66
+def fitting(
+    candidates: list[Schedule],  # schedules that end elsewhere
+    h: int,                      # tokens down
+    w: int,                      # tokens across
+) -> Schedule:  # ends at (h, w)
+    "Stretch the candidate nearest in area; one that loses no scale goes before all that do."
+    distance = {c: abs(math.log(math.prod(c[-1]) / (h * w))) for c in candidates}
+    return stretch(min(candidates, key=lambda c: (len(stretch(c, h, w)) < len(c), distance[c])), h, w)
+
+
+def climbing(
     ladders: list[Schedule],  # one per aspect ratio
     h: int,                   # tokens down
     w: int,                   # tokens across
-) -> Schedule:
-    "The prefix of the ladder nearest in shape that is nearest in size to (h, w)."
+) -> Schedule:  # ends at (h, w)
+    "The fitting prefix of the ladder nearest in shape."
     ladders = ladders + [tuple((b, a) for a, b in rungs) for rungs in ladders]
     rungs = min(ladders, key=lambda r: abs(math.log(r[-1][0] / r[-1][1] * w / h)))
     rungs = extend(rungs, h * w)
-    last = min(range(len(rungs)), key=lambda k: abs(math.log(math.prod(rungs[k]) / (h * w))))
-    return rungs[: last + 1]
+    return fitting([rungs[:k] for k in range(1, len(rungs) + 1)], h, w)
 
 
 def scale_schedule(
@@ -114,11 +123,10 @@ def scale_schedule(
         return LISTED[mode][h, w]
     if mode == "half":
         raise ValueError(f"mode 'half' serves only {', '.join(f'{a}x{b}' for a, b in LISTED['half'])} tokens, not {h}x{w}")
-    if mode == "original":
-        return stretch(min(ORIGINAL.values(), key=lambda r: abs(math.log(math.prod(r[-1]) / (h * w)))), h, w)
-    return stretch(nearest(DYNAMIC if mode == "dynamic" else [DENSE], h, w), h, w)
+    if mode == "original": return fitting(list(ORIGINAL.values()), h, w)
+    return climbing(DYNAMIC if mode == "dynamic" else [DENSE], h, w)
 
-# %% ../nbs/01_bits.ipynb #04f20ec0
+# %% ../nbs/01_bits.ipynb #932a62d7
 class BitsError(ValueError):
     "Bits that do not fit together, or bytes that are not what was written."
 
@@ -135,7 +143,7 @@ def check_planes(
         if plane.dtype != torch.bool or plane.shape != (B, h, w, d):
             raise BitsError(f"plane {k} must be bool {(B, h, w, d)}, got {plane.dtype} {tuple(plane.shape)}")
 
-# %% ../nbs/01_bits.ipynb #4793a8de
+# %% ../nbs/01_bits.ipynb #c4ada662
 @dataclass(frozen=True, eq=False, repr=False)
 class Bits:
     "An image, or a batch of them, as bit planes from coarse to fine."
@@ -176,7 +184,7 @@ class Bits:
     @staticmethod
     def load(file: str | os.PathLike) -> "Bits": "Read what `save` wrote; raises `BitsError`."; return read_bits(file)
 
-# %% ../nbs/01_bits.ipynb #6e7554d7
+# %% ../nbs/01_bits.ipynb #5c5563df
 def prefix(
     bits: Bits,
     scales: slice,  # `bits[:k]`, k >= 1
@@ -205,7 +213,7 @@ def equal(a: Bits, b: Bits) -> bool:
     facts = [(x.schedule, x.latent_size, x.image_size, len(x), x.batch, x.dim) for x in (a, b)]
     return facts[0] == facts[1] and all(torch.equal(p, q.to(p.device)) for p, q in zip(a, b, strict=True))
 
-# %% ../nbs/01_bits.ipynb #14fd962c
+# %% ../nbs/01_bits.ipynb #ac3f1566
 MAGIC, VERSION = b"BVAE", 1
 
 
@@ -228,7 +236,7 @@ def unseal(
         raise BitsError(f"{what} is damaged (its check sum differs): fetch or write the file again")
     return bytes(part)
 
-# %% ../nbs/01_bits.ipynb #1267752d
+# %% ../nbs/01_bits.ipynb #5b4f93ba
 def pack(bits: Bits) -> bytes:
     "Header and planes, one bit per bit, each part followed by its check sum."
     header = {"batch": bits.batch, "dim": bits.dim, "planes": len(bits), "schedule": bits.schedule}
@@ -236,7 +244,7 @@ def pack(bits: Bits) -> bytes:
     head = MAGIC + struct.pack("<BI", VERSION, len(text)) + text
     return sealed(head) + b"".join(sealed(np.packbits(p.cpu().numpy().ravel()).tobytes()) for p in bits)
 
-# %% ../nbs/01_bits.ipynb #7989d675
+# %% ../nbs/01_bits.ipynb #6d54b4cb
 def read_header(data: memoryview) -> tuple[dict, int]:
     "Check and parse the start of the bytes; returns the header and where the planes begin."
     if bytes(data[:4]) != MAGIC:
@@ -267,7 +275,7 @@ def unpack(
     image_size = header["image_size"] and tuple(header["image_size"])
     return Bits(planes, header["schedule"], header["latent_size"], image_size)
 
-# %% ../nbs/01_bits.ipynb #6a203d91
+# %% ../nbs/01_bits.ipynb #e69c8822
 @contextmanager
 def replacing(
     file: str | os.PathLike,  # the final name

@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'Source', 'open_cached', 'DataError', 'parse_line', 'read_list', 'image_files', 'fingerprint',
            'random_crop', 'shuffled', 'RandomCrops', 'StepBatches', 'batches']
 
-# %% ../nbs/06_data.ipynb #7fe1b443
+# %% ../nbs/06_data.ipynb #2ae9b10a
 import hashlib
 import os
 import re
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import ImageError, bundled_photographs, held_out_photographs, open_image, to_tensor
 
-# %% ../nbs/06_data.ipynb #7dfaae16
+# %% ../nbs/06_data.ipynb #ab35f83a
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
@@ -52,7 +52,7 @@ def read_list(
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #f4ec6fb9
+# %% ../nbs/06_data.ipynb #4eb8f0b9
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -81,12 +81,13 @@ def fingerprint(
     "Identify a data set by the names and sizes of its files, in order."
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in files).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #daa4cd5a
+# %% ../nbs/06_data.ipynb #542eb3ae
 def random_crop(
     picture: Image.Image,      # RGB
     size: int,                 # side of the result, pixels
     rng: np.random.Generator,
     max_zoom: float = 1.0,     # smallest square: the short side divided by this, but at least `size` pixels
+    whole: float = 0.0,        # share of crops that are not zoomed
     upscale: bool = False,     # enlarge pictures smaller than `size` instead of refusing them
 ) -> Tensor:  # (3, size, size) in [-1, 1]
     "A random square at a random zoom, mirrored half of the time (bicubic); raises `ImageError` for small pictures."
@@ -94,13 +95,14 @@ def random_crop(
     if short < size and not upscale:
         raise ImageError(f"a picture of {picture.width}x{picture.height} is smaller than the crop of {size}x{size}: "
                          "remove it, take smaller crops, or set upscale=True")  # fmt: skip
-    side = short / min(max_zoom, max(1, short / size)) ** rng.random()
+    zoom = min(max_zoom, max(1, short / size)) ** rng.random()
+    side = short / (1 if rng.random() < whole else zoom)
     left, top = (rng.random() * (n - side) for n in picture.size)
     box = (left, top, left + side, top + side)
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop)[0]
 
-# %% ../nbs/06_data.ipynb #6f3dd8c2
+# %% ../nbs/06_data.ipynb #299949f0
 open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
 
 
@@ -123,20 +125,21 @@ class RandomCrops(Dataset):
         size: int,              # side of a crop, pixels
         seed: int = 0,
         max_zoom: float = 1.0,  # see `random_crop`
+        whole: float = 0.0,     # see `random_crop`
         upscale: bool = False,  # see `random_crop`
     ):
         if not len(files): raise DataError("no images to crop from")
-        self.files, self.size, self.seed, self.max_zoom, self.upscale = list(files), size, seed, max_zoom, upscale
+        self.files, self.size, self.seed, self.crop = list(files), size, seed, (max_zoom, whole, upscale)
         self.open = open_cached if len(files) <= 32 else open_image
 
     def __getitem__(self, n: int) -> Tensor:
         epoch, i = divmod(n, len(self.files))
         file = self.files[shuffled(len(self.files), self.seed, epoch)[i]]
         rng = np.random.default_rng([self.seed, 1, n])
-        try: return random_crop(self.open(file), self.size, rng, self.max_zoom, self.upscale)
+        try: return random_crop(self.open(file), self.size, rng, *self.crop)
         except ImageError as e: raise ImageError(f"{file}: {e}") from None
 
-# %% ../nbs/06_data.ipynb #a3e7cc24
+# %% ../nbs/06_data.ipynb #31f5073c
 class StepBatches:
     "The crop numbers of every step of one process."
 

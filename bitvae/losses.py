@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZER', 'ADVERSARIAL', 'Distance', 'LECAM', 'MARGIN', 'VGG_FILE', 'generator_loss', 'discriminator_loss',
            'lpips_vgg']
 
-# %% ../nbs/05_losses.ipynb #2d33ab57
+# %% ../nbs/05_losses.ipynb #1a574cde
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .quantizer import Quantized
 
-# %% ../nbs/05_losses.ipynb #5df5e018
+# %% ../nbs/05_losses.ipynb #dd15fd88
 QUANTIZER, ADVERSARIAL = 4.0, 0.3
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of pictures to one number per pair, or to their mean
 
@@ -30,16 +30,17 @@ def generator_loss(
     logits: Tensor | None = None,         # the critic's view of y; None before it takes part
     perceptual: Distance | None = None,   # None: no such term
     align: float = 0.0,                   # weight of the latent's distance to its quantized sum
+    pixels: Distance = F.l1_loss,         # or F.mse_loss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss of encoder and decoder (Infinity's published training code), and its parts, detached."
-    terms = {"l1": F.l1_loss(y, x), "quantizer": QUANTIZER * q.losses.mean()}
+    terms = {"pixels": pixels(y, x), "quantizer": QUANTIZER * q.losses.mean()}
     if perceptual: terms["perceptual"] = perceptual(x, y).mean()
     if logits is not None: terms["adversarial"] = -ADVERSARIAL * logits.mean()
     distance = F.mse_loss(z, q.z.detach())
     loss = sum(terms.values()) + (align * distance if align else 0)
     return loss, {name: t.detach() for name, t in (terms | {"latent": distance, "loss": loss}).items()}
 
-# %% ../nbs/05_losses.ipynb #9e9519e0
+# %% ../nbs/05_losses.ipynb #42d60c22
 LECAM, MARGIN = 0.05, 0.1
 
 
@@ -53,7 +54,7 @@ def discriminator_loss(
     parts = {"hinge": hinge, "lecam": lecam, "logits_real": real.mean(), "logits_fake": fake.mean()}
     return hinge + LECAM * lecam, {name: p.detach() for name, p in parts.items()}
 
-# %% ../nbs/05_losses.ipynb #55a85a2a
+# %% ../nbs/05_losses.ipynb #f06f672b
 VGG_FILE = "vgg16-397923af.pth"
 
 

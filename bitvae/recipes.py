@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'SMOKE', 'RECIPES', 'TrainConfig', 'check_types', 'check_config', 'rate', 'recipe', 'config_to_dict',
            'config_of_run']
 
-# %% ../nbs/07_recipes.ipynb #a41fd955
+# %% ../nbs/07_recipes.ipynb #55059f5d
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +15,7 @@ from typing import get_type_hints
 from .bits import scale_schedule
 from .tokenizer import BitVAEConfig, config_from_dict
 
-# %% ../nbs/07_recipes.ipynb #9a6e1077
+# %% ../nbs/07_recipes.ipynb #a26c37e4
 @dataclass(frozen=True)
 class TrainConfig:
     "One training run; the defaults are the published first stage (Infinity, d = 16)."
@@ -26,6 +26,7 @@ class TrainConfig:
     drop_rate: float = 0.5                                    # probability of dropping a scale; the last is kept
     size: int = 256                                           # side of a crop, pixels
     max_zoom: float = 1.0                                     # see `random_crop`
+    whole: float = 0.0                                        # see `random_crop`
     upscale: bool = True                                      # enlarge photographs smaller than the crop
     batch: int = 8                                            # crops per step and process
     steps: int = 500_000                                      # updates of the tokenizer
@@ -35,16 +36,16 @@ class TrainConfig:
     lr_drop: float = 0.9                                      # part of the steps before the drop
     discriminator_start: int | None = 50_000                  # first step of the critic; None: no critic
     discriminator_lr: float = 2e-4                            # of the critic, at its highest
+    pixels: str = "l1"                                        # "l1" or "mse"
     perceptual: str = "lpips"                                 # "lpips" or "none"
     align: float = 0.0                                        # see `generator_loss`
     start_norm: float | None = None                           # mean length of the first latents; None: as it comes
-    ema: float = 0.0                                          # decay of the averaged weights; 0: the last ones
     seed: int = 0                                             # of every random stream
     checkpoint_every: int = 5000                              # steps
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/07_recipes.ipynb #c5dcc65e
+# %% ../nbs/07_recipes.ipynb #f8db03ef
 def check_types(c: TrainConfig) -> None:
     "Raise `TypeError` for a value of another type than its field's."
     for name, kind in get_type_hints(type(c)).items():
@@ -62,6 +63,7 @@ def check_config(c: TrainConfig) -> None:
         "drop_rate": (0 <= c.drop_rate < 1, "in [0, 1)"),
         "size": (c.size > 0 and c.size % c.model.stride == 0, f"a positive multiple of the stride, {c.model.stride}"),
         "max_zoom": (1 <= c.max_zoom < inf, "at least 1"),
+        "whole": (0 <= c.whole <= 1, "in [0, 1]"),
         "batch": (c.batch >= 1, "at least 1"),
         "steps": (c.steps >= 1, "at least 1"),
         "checkpoint_every": (c.checkpoint_every >= 1, "at least 1"),
@@ -71,16 +73,16 @@ def check_config(c: TrainConfig) -> None:
         "decay": (c.decay in ("step", "cosine"), "'step' or 'cosine'"),
         "lr_drop": (0 <= c.lr_drop <= 1, "in [0, 1]"),
         "discriminator_start": ((c.discriminator_start or 0) >= 0, "a step, or None"),
+        "pixels": (c.pixels in ("l1", "mse"), "'l1' or 'mse'"),
         "perceptual": (c.perceptual in ("lpips", "none"), "'lpips' or 'none'"),
         "align": (0 <= c.align < inf, "zero or positive"),
         "start_norm": (c.start_norm is None or 0 < c.start_norm < inf, "positive, or None"),
-        "ema": (0 <= c.ema < 1, "in [0, 1)"),
         "seed": (c.seed >= 0, "zero or positive"),
     }
     for name, (holds, wanted) in rules.items():
         if not holds: raise ValueError(f"{name} must be {wanted}, got {getattr(c, name)!r}")
 
-# %% ../nbs/07_recipes.ipynb #e05dff92
+# %% ../nbs/07_recipes.ipynb #64a4a792
 def rate(
     config: TrainConfig,
     step: int,  # from 0
@@ -91,15 +93,15 @@ def rate(
     if config.decay == "step": return 1.0 if step < config.lr_drop * config.steps else 0.1
     return (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
 
-# %% ../nbs/07_recipes.ipynb #79ff25d9
+# %% ../nbs/07_recipes.ipynb #414641a7
 QUICK = TrainConfig(
     name="quick",
-    model=BitVAEConfig(dim=16, channels=32, multipliers=(1, 2, 4, 4), res_blocks=1, stride=8),
-    schedule="dynamic", drop_rate=0.0, size=64, max_zoom=4.0, upscale=False, batch=8, steps=2000,
-    lr=1e-3, warmup=0.05, decay="cosine", discriminator_start=None, perceptual="none",
-    align=1.0, start_norm=3.0, ema=0.99, checkpoint_every=200,
+    model=BitVAEConfig(dim=16, channels=48, multipliers=(1, 1, 1, 1), res_blocks=0, stride=8),
+    schedule="dynamic", drop_rate=0.0, size=64, max_zoom=12.0, whole=0.5, upscale=False, batch=4, steps=2400,
+    lr=1.5e-3, warmup=0.04, decay="cosine", discriminator_start=None, pixels="mse", perceptual="none",
+    align=1.0, start_norm=3.0, checkpoint_every=200,
 )  # fmt: skip
-SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, multipliers=(1, 1, 2, 2)), size=32, batch=2, steps=3, checkpoint_every=2)
+SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2, steps=3, checkpoint_every=2)
 RECIPES = {c.name: c for c in (QUICK, SMOKE)}
 RECIPES |= {f"d{d}_stage1": TrainConfig(f"d{d}_stage1", BitVAEConfig(dim=d)) for d in (16, 24, 32, 64)}
 
@@ -119,7 +121,7 @@ def recipe(
     rest = {key: v for key, v in overrides.items() if key not in models}
     return replace(RECIPES[name], model=replace(RECIPES[name].model, **model), **rest)
 
-# %% ../nbs/07_recipes.ipynb #2f27214c
+# %% ../nbs/07_recipes.ipynb #dead9a96
 def config_to_dict(config: TrainConfig) -> dict:
     "A recipe as plain values, for JSON."
     return asdict(config)

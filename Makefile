@@ -1,0 +1,30 @@
+# make demo: train and evaluate a small tokenizer | make test | make lab | make export | make clean
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: demo test lab export clean
+
+demo: .venv/installed
+	$(BIN)/python tools/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lab: .venv/installed
+	$(BIN)/jupyter lab nbs
+
+export: .venv/installed
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+.venv/installed: settings.ini setup.py
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (torch and what it needs: a few minutes, about 6 GB)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

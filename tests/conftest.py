@@ -1,0 +1,23 @@
+"""Shared pieces of the tests, and the closing line that says how many passed."""
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def golden():
+    "Read one of the reference files: golden('x.json') or golden('x.safetensors')."
+    folder = Path(__file__).parent / "golden"
+    return lambda name: json.loads((folder / name).read_text()) if name.endswith(".json") else load_file(folder / name)
+
+
+def pytest_unconfigure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None: return
+    count = {outcome: len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    print(f"\n{count['passed']} passed, {count['failed'] + count['error']} failed{skipped}")

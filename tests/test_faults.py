@@ -1,0 +1,228 @@
+"""What bad input gets: a message that names the thing and the remedy, and nothing lost."""
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bitvae import BitVAE, load_image
+from bitvae.architecture import published_names
+from bitvae.images import ImageError, bundled_photographs
+from bitvae.recipes import recipe
+from bitvae.tokenizer import RELEASED, BitVAEConfig, CheckpointError
+from bitvae.training import TrainingDiverged, read_log, train
+
+GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
+ROOT = Path(__file__).parent.parent
+
+
+def bitvae(*arguments, **env):
+    return subprocess.run([sys.executable, "-m", "bitvae.cli", *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **env})
+
+
+# pictures
+
+@pytest.mark.parametrize(("mode", "color", "expected"), [
+    ("L", 51, (51, 51, 51)), ("LA", (51, 255), (51, 51, 51)), ("1", 1, (255, 255, 255)), ("RGBA", (9, 9, 9, 0), (255, 255, 255)),
+    ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("I;16", 51 * 257, (51, 51, 51)), ("F", 0.2, (51, 51, 51)),
+])  # fmt: skip
+def test_every_mode_of_picture_becomes_rgb(tmp_path, mode, color, expected):
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "F") else "x.png")
+    Image.new(mode, (8, 6), color).save(file)
+    x = load_image(file)
+    assert x.shape == (1, 3, 6, 8)
+    np.testing.assert_allclose(x[0, :, 0, 0] * 127.5 + 127.5, expected, atol=1e-3)
+
+
+def test_palette_and_orientation(tmp_path):
+    Image.new("RGB", (8, 6), (200, 100, 50)).quantize(4).save(tmp_path / "x.gif")
+    np.testing.assert_allclose(load_image(tmp_path / "x.gif")[0, :, 0, 0] * 127.5 + 127.5, (200, 100, 50), atol=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    Image.new("RGB", (8, 6)).save(tmp_path / "x.jpg", exif=exif)
+    assert load_image(tmp_path / "x.jpg").shape == (1, 3, 8, 6)
+
+
+@pytest.mark.parametrize("length", [0, 10, 5000])
+def test_truncated_picture_stops_training_with_its_name(tmp_path, length):
+    (tmp_path / "cut.jpg").write_bytes(bundled_photographs()[0].read_bytes()[:length])
+    with pytest.raises(ImageError, match="cut.jpg"): train(recipe("smoke"), tmp_path, tmp_path / "run")
+
+
+def test_picture_smaller_than_the_crop(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "tiny.png")
+    with pytest.raises(ImageError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"): train(recipe("smoke"), tmp_path, tmp_path / "run")
+    train(recipe("smoke", upscale=True), tmp_path, tmp_path / "other")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 40), (33, 31), (256, 255)])
+def test_any_size_comes_back_as_it_was(size):
+    tok = BitVAE(BitVAEConfig(dim=8, channels=48, multipliers=(1, 1, 1), res_blocks=0, stride=4))
+    x = torch.rand(2, 3, *size) * 2 - 1
+    assert tok.decode(tok.encode(x)).shape == x.shape
+    assert tok.decode(tok.encode(x)[:1]).shape == x.shape
+
+
+# checkpoints
+
+@pytest.fixture(scope="module")
+def weights(): return {n.removeprefix("vae."): w for n, w in load_file(GOLDEN).items() if n.startswith("vae.")}
+
+
+@pytest.fixture(scope="module")
+def bits(): return BitVAE.from_pretrained(GOLDEN).encode(load_image(bundled_photographs()[0], 64))
+
+
+def bare(name): return name.replace(".conv.conv.", ".@.").replace(".conv.", ".").replace(".norm.", ".").replace(".@.", ".conv.")
+
+
+@pytest.mark.parametrize("layout", ["nested", "bare", "module", "nested module", "without levels", "safetensors", "extras"])
+def test_published_layouts(tmp_path, weights, bits, layout):
+    file, w = tmp_path / "x.pth", weights
+    if layout == "without levels": w = {bare(n): t for n, t in w.items()}
+    if "module" in layout: w = {f"module.{n}": t for n, t in w.items()}
+    if layout == "extras": w = w | {"perceptual_model.net.slice1.0.weight": torch.ones(3), "quantize.lfq.mask": torch.ones(16)}
+    if layout == "safetensors": save_file(w, file := tmp_path / "x.safetensors")
+    else: torch.save({"vae": w, "image_disc": {}, "opt_vae": {"state": {}}, "step": 7} if "nested" in layout or layout == "extras" else w, file)
+    tok = BitVAE.from_pretrained(file)
+    assert tok.config == BitVAEConfig(16, 32, (1, 1, 1, 1, 2), 1, 16, "dynamic")
+    assert tok.encode(load_image(bundled_photographs()[0], 64)) == bits
+
+
+def test_missing_and_unexpected_names_are_listed(tmp_path, weights):
+    w = {n: t for n, t in weights.items() if "encoder.mid" not in n} | {"encoder.attn.q.weight": torch.ones(2)}
+    torch.save({"vae": w}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth does not fit .*missing: encoder\.mid\.block_1.* and 12 more; unexpected: encoder\.attn\.q\.weight"):
+        BitVAE.from_pretrained(tmp_path / "x.pth")
+
+
+def test_wrong_shapes_are_listed(tmp_path, weights):
+    torch.save(weights | {"encoder.mid.block_1.conv1.conv.weight": torch.ones(64, 32, 3, 3)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"of other shape: encoder\.mid\.block_1\.conv1\.weight has \(64, 32, 3, 3\) instead of \(64, 64, 3, 3\)"):
+        BitVAE.from_pretrained(tmp_path / "x.pth")
+
+
+def test_no_code_from_a_pickle(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save({"vae": Evil()}, tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps({"vae": Evil()}))
+    for name in ("a.pth", "b.pth"):
+        with pytest.raises(CheckpointError, match=name): BitVAE.from_pretrained(tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_names_without_network(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(ConnectionError, match=f"{name}.pth: fetch it from .*FoundationVision/Infinity.* put it at {tmp_path}/{name}.pth"):
+        BitVAE.from_pretrained(name)
+
+
+def offline(repository, file):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    assert repository == "FoundationVision/Infinity"
+    raise LocalEntryNotFoundError("no network")
+
+
+def test_released_name_put_there_by_hand(tmp_path, monkeypatch, weights, bits):
+    monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path))
+    torch.save({"vae": weights}, tmp_path / "infinity_vae_d16.pth")
+    assert BitVAE.from_pretrained("infinity_vae_d16").encode(load_image(bundled_photographs()[0], 64)) == bits
+
+
+def test_published_names_load_back(tmp_path, weights):
+    tok = BitVAE.from_pretrained(GOLDEN)
+    names = published_names(tok)
+    assert {names[n] for n in tok.state_dict()} == set(weights) - {"quantizer.lfq.mask"}
+
+
+# runs
+
+def test_same_seed_same_weights(tmp_path):
+    config = recipe("smoke", drop_rate=0.5, schedule="dense", seed=3, steps=4)
+    files = [train(config, "bundled", tmp_path / name) / "model.safetensors" for name in "ab"]
+    other = train(recipe("smoke", drop_rate=0.5, schedule="dense", seed=4, steps=4), "bundled", tmp_path / "c") / "model.safetensors"
+    assert files[0].read_bytes() == files[1].read_bytes() != other.read_bytes()
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
+    config = recipe("smoke", steps=200, lr=1e30, warmup=0.0, checkpoint_every=1)
+    with pytest.raises(TrainingDiverged, match=r"step \d+: loss .* is kept"): train(config, "bundled", tmp_path / "run")
+    kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == len(read_log(tmp_path / "run" / "metrics.jsonl"))
+
+
+def wait_for_steps(run, process, steps, seconds=120):
+    end = time.monotonic() + seconds
+    while len(read_log(run / "metrics.jsonl")) < steps:
+        assert process.poll() is None and time.monotonic() < end, "the run did not get going"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_stopped_and_resumed_is_as_never_stopped(tmp_path, sent, code):
+    arguments = [sys.executable, "-m", "bitvae.cli", "train", "smoke", "--set", "steps=30", "--set", "checkpoint_every=5", "--folder"]
+    process = subprocess.Popen([*arguments, tmp_path / "run"], stderr=subprocess.PIPE, text=True)
+    wait_for_steps(tmp_path / "run", process, 8)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    if code == 130: assert "checkpoint.pt is kept, resume=True goes on" in said
+    assert (tmp_path / "run" / "checkpoint.pt").exists() and not (tmp_path / "run" / "tokenizer").exists()
+    subprocess.run([*arguments, tmp_path / "run", "--resume"], check=True, capture_output=True)
+    whole = train(recipe("smoke", steps=30, checkpoint_every=5), "bundled", tmp_path / "whole")
+    assert (whole / "model.safetensors").read_bytes() == (tmp_path / "run" / "tokenizer" / "model.safetensors").read_bytes()
+    assert [line["step"] for line in read_log(tmp_path / "run" / "metrics.jsonl")] == list(range(30))
+
+
+# the command line and papermill
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("train", "slow"), "unknown recipe 'slow': one of quick, smoke"),
+    (("train", "smoke", "--set", "step=3"), "unknown override step: known are schedule"),
+    (("train", "smoke", "--set", "steps=-3"), "steps must be at least 1, got -3"),
+    (("train", "smoke", "--images", "nowhere"), "no such images: nowhere; give a folder"),
+    (("evaluate", "nothing"), "no tokenizer 'nothing': give a checkpoint file"),
+    (("run", "nbs/experiments/train.ipynb", "x.ipynb", "--set", "recipes=quick"), "unknown parameter recipes: nbs/experiments/train.ipynb knows recipe, overrides"),
+])  # fmt: skip
+def test_mistakes_on_the_command_line(monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    run = bitvae(*arguments)
+    assert run.returncode == 1 and message in run.stderr and "Traceback" not in run.stderr
+    assert not Path("x.ipynb").exists()
+
+
+def test_image_lists_name_the_line(tmp_path):
+    (tmp_path / "list.txt").write_text(f"{bundled_photographs()[0]} 768 1135\nnot there.jpg 3\n")
+    run = bitvae("train", "smoke", "--images", tmp_path / "list.txt", "--folder", tmp_path / "run")
+    assert run.returncode == 1 and "list.txt line 2" in run.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "train.ipynb", "--set", "recipe=smoke", "--set", f"folder={tmp_path}/run", "--set", 'overrides={"steps": 5}')
+    assert run.returncode == 0, run.stderr
+    assert "100%" in run.stderr and "5/5" in run.stderr  # the bar reaches the terminal
+    executed = json.loads((tmp_path / "train.ipynb").read_text())
+    assert not any("\r" in "".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
+    run = bitvae("run", "nbs/experiments/evaluate.ipynb", tmp_path / "evaluate.ipynb", "--set", f"tokenizer={tmp_path}/run/tokenizer", "--set", f"folder={tmp_path}/run", "--set", "size=64")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    assert rows["mean colour"]["psnr"] > 10 and rows["1 scale"]["bits"] == 16
+    assert {"progressive.png", "quality.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    again = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "again.ipynb", "--set", f"folder={tmp_path}/run")
+    assert again.returncode != 0 and "already holds a run" in again.stderr

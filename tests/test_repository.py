@@ -1,0 +1,58 @@
+"""The repository agrees with itself, every notebook runs, and importing is cheap."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def test_package_notebooks_and_readme_agree():
+    run = subprocess.run([sys.executable, ROOT / "tools" / "check.py"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_runs(notebook):
+    run = subprocess.run([BIN / "nbdev_test", "--path", notebook, "--n_workers", "1"], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "MPLBACKEND": "agg"})  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_is_fit_to_commit(notebook):
+    cells = json.loads((ROOT / notebook).read_text())
+    assert "widgets" not in cells["metadata"]
+    assert (ROOT / notebook).stat().st_size < 1_000_000
+    text = json.dumps([[c["source"], c.get("outputs")] for c in cells["cells"]])
+    assert not [place for place in ("/home/", "/root/", "/Users/", str(ROOT)) if place in text]
+    if "experiments" in notebook:
+        assert sum("parameters" in c["metadata"].get("tags", []) for c in cells["cells"]) == 1
+
+
+PROBE = """
+import time, torch, torchvision, sys
+start = time.perf_counter()
+import bitvae
+print(time.perf_counter() - start)
+print(*sorted({name.split('.')[0] for name in sys.modules}))
+"""
+
+
+def test_import_is_cheap_and_brings_no_notebook_tooling():
+    runs = [subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout.splitlines() for _ in range(3)]
+    assert min(float(run[0]) for run in runs) <= 0.5
+    assert not {"nbdev", "fastcore", "execnb", "IPython", "ipywidgets", "papermill", "jupyterlab", "matplotlib"} & set(runs[0][1].split())
+
+
+def test_photographs_carry_their_licence():
+    folder = ROOT / "bitvae" / "assets" / "photographs"
+    said = (folder / "ATTRIBUTION.md").read_text()
+    photographs = list(folder.glob("*.jpg"))
+    assert len(photographs) == 9 and all(p.name in said for p in photographs)
+    assert sum(p.stat().st_size for p in photographs) < 2.2e6
