@@ -2,6 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
+# threads that wait must not spin: on a shared machine that costs more than it gains
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lab export clean
 
 demo: .venv/installed

@@ -6,7 +6,7 @@
 __all__ = ['FORESEEN', 'parse_setting', 'run_notebook', 'settle_bars', 'train_command', 'evaluate_command', 'run_command',
            'describe_bits', 'describe_tokenizer', 'info_command', 'parser', 'main']
 
-# %% ../nbs/12_cli.ipynb #f1188ce3
+# %% ../nbs/12_cli.ipynb #d53aa6b6
 import argparse
 import json
 import os
@@ -22,7 +22,7 @@ from .recipes import RECIPES, recipe
 from .tokenizer import RELEASED, BitVAE
 from .training import Interrupted, TrainingDiverged, train
 
-# %% ../nbs/12_cli.ipynb #74388269
+# %% ../nbs/12_cli.ipynb #7ac729cd
 def parse_setting(
     text: str,  # "name=value"
 ) -> tuple[str, object]:
@@ -32,7 +32,7 @@ def parse_setting(
     try: return name, json.loads(value)
     except json.JSONDecodeError: return name, value
 
-# %% ../nbs/12_cli.ipynb #cfcb9d83
+# %% ../nbs/12_cli.ipynb #bb1607c0
 def run_notebook(
     notebook: str | os.PathLike,  # to run; it needs a cell tagged `parameters`
     output: str | os.PathLike,    # the executed copy
@@ -54,7 +54,7 @@ def run_notebook(
         if Path(output).exists(): settle_bars(Path(output))
     return Path(output)
 
-
+# %% ../nbs/12_cli.ipynb #9771f286
 def settle_bars(
     notebook: Path,  # executed
 ) -> None:
@@ -64,14 +64,14 @@ def settle_bars(
         out["text"] = re.sub(r"[^\n]*\r(?!\n)", "", "".join(out["text"]))
     notebook.write_text(json.dumps(cells, indent=1) + "\n")
 
-# %% ../nbs/12_cli.ipynb #52a5bb14
+# %% ../nbs/12_cli.ipynb #84c7a3cf
 def train_command(args: argparse.Namespace) -> None:
     "bitvae train"
     config = recipe(args.recipe, **dict(args.set))
     folder = args.folder or f"runs/{args.recipe}"
     print(f"trained: {train(config, args.images or 'bundled', folder, args.resume, args.workers)}")
 
-
+# %% ../nbs/12_cli.ipynb #08d871d6
 def evaluate_command(args: argparse.Namespace) -> None:
     "bitvae evaluate"
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
@@ -79,12 +79,12 @@ def evaluate_command(args: argparse.Namespace) -> None:
     print(table(results))
     if args.output: print(f"written: {save_results(results, args.output)}")
 
-
+# %% ../nbs/12_cli.ipynb #c9585198
 def run_command(args: argparse.Namespace) -> None:
     "bitvae run"
     print(f"executed: {run_notebook(args.notebook, args.output, **dict(args.set))}")
 
-# %% ../nbs/12_cli.ipynb #620c1cf5
+# %% ../nbs/12_cli.ipynb #95eecbab
 def describe_bits(bits: Bits) -> str:
     "What a bits file holds, as text."
     sizes = " ".join(f"{h}x{w}" for h, w in bits.schedule[: len(bits)])
@@ -102,13 +102,13 @@ def describe_tokenizer(tok: BitVAE) -> str:
         lines.append(f"{size}x{size}: {len(schedule)} scales, {bits:,} bits, {bits / size**2:.4f} bits per pixel")
     return "\n".join(lines)
 
-
+# %% ../nbs/12_cli.ipynb #7244830a
 def info_command(args: argparse.Namespace) -> None:
     "bitvae info"
     if Path(args.what).suffix == ".bits": print(describe_bits(Bits.load(args.what)))
     else: print(describe_tokenizer(BitVAE.from_pretrained(args.what)))
 
-# %% ../nbs/12_cli.ipynb #18aa85e8
+# %% ../nbs/12_cli.ipynb #edc0e57e
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser("bitvae", description="The bitwise visual tokenizer: an image into bits, coarse to fine, and back.")
@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("what", help="a folder, a checkpoint, a released name, or a .bits file")
     return top
 
-# %% ../nbs/12_cli.ipynb #89db0dab
+# %% ../nbs/12_cli.ipynb #88810a51
 FORESEEN = (ValueError, TypeError, OSError, ImportError, TrainingDiverged)
 
 

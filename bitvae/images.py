@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ImageError', 'to_rgb', 'open_image', 'to_tensor', 'to_uint8', 'to_image', 'center_crop', 'load_image',
            'save_image', 'show_images', 'bundled_photographs', 'held_out_photographs']
 
-# %% ../nbs/00_images.ipynb #6d986481
+# %% ../nbs/00_images.ipynb #be9efed2
 import math
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../nbs/00_images.ipynb #f233fbdb
+# %% ../nbs/00_images.ipynb #c929d71a
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file, what is wrong, and what to do."
 
@@ -40,7 +40,7 @@ def to_rgb(
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
 
-# %% ../nbs/00_images.ipynb #65c0d5e5
+# %% ../nbs/00_images.ipynb #dbfdb6f2
 def open_image(
     file: str | os.PathLike,  # any file Pillow reads
 ) -> Image.Image:  # upright 8-bit RGB, fully decoded
@@ -59,7 +59,7 @@ def open_image(
     except (OSError, SyntaxError, ValueError) as e:
         raise ImageError(f"{file} cannot be decoded ({e}): it is truncated or damaged; fetch it again or remove it") from e
 
-# %% ../nbs/00_images.ipynb #25ef35a2
+# %% ../nbs/00_images.ipynb #fd07a6cf
 def to_tensor(
     picture: Image.Image,  # mode RGB
 ) -> Tensor:  # (1, 3, H, W), float32 in [-1, 1]
@@ -67,7 +67,7 @@ def to_tensor(
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
     return pixels.permute(2, 0, 1)[None].contiguous() / 127.5 - 1
 
-
+# %% ../nbs/00_images.ipynb #5cf69df2
 def to_uint8(
     x: Tensor,               # (..., H, W), any range; [-1, 1] is kept
     truncate: bool = False,  # cut the fraction off instead of rounding
@@ -76,7 +76,7 @@ def to_uint8(
     scaled = (x.float().clamp(-1, 1) + 1) * 127.5
     return (scaled if truncate else scaled.round()).to(torch.uint8)
 
-
+# %% ../nbs/00_images.ipynb #2fbd1f2f
 def to_image(
     x: Tensor,  # (3, H, W) or (1, 3, H, W)
 ) -> Image.Image:  # mode RGB
@@ -86,7 +86,7 @@ def to_image(
         raise ValueError(f"to_image takes one picture (3, H, W), got {tuple(x.shape)}: index the batch first")
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
 
-# %% ../nbs/00_images.ipynb #951da326
+# %% ../nbs/00_images.ipynb #38599940
 def center_crop(
     picture: Image.Image,  # any size
     size: int,             # side of the square, pixels
@@ -100,7 +100,7 @@ def center_crop(
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
-
+# %% ../nbs/00_images.ipynb #a2bf6ddb
 def load_image(
     file: str | os.PathLike,  # any file Pillow reads
     size: int | None = None,  # side of a centre crop, short side resized to it; None keeps the picture's own size
@@ -109,7 +109,7 @@ def load_image(
     picture = open_image(file)
     return to_tensor(picture if size is None else center_crop(picture, size))
 
-
+# %% ../nbs/00_images.ipynb #c9afb7fa
 def save_image(
     x: Tensor,                # (3, H, W) or (1, 3, H, W) in [-1, 1]
     file: str | os.PathLike,  # its ending chooses the format
@@ -118,7 +118,7 @@ def save_image(
     to_image(x).save(file)
     return Path(file)
 
-# %% ../nbs/00_images.ipynb #22a175b0
+# %% ../nbs/00_images.ipynb #efc2d1b6
 def show_images(
     images: Tensor | Sequence[Tensor],    # (B, 3, H, W), or a list of (3, H, W) and (B, 3, H, W), in [-1, 1]
     titles: Sequence[str] | None = None,  # one per picture
@@ -141,7 +141,7 @@ def show_images(
         if titles and i < len(titles): ax.set_title(titles[i], fontsize=9)
     return fig
 
-# %% ../nbs/00_images.ipynb #1f9dae56
+# %% ../nbs/00_images.ipynb #646a0e8a
 def bundled_photographs() -> list[Path]:
     "The nine photographs in the package: these are for training."
     return sorted((Path(__file__).parent / "assets" / "photographs").glob("*.jpg"))

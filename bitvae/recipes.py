@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'SMOKE', 'RECIPES', 'TrainConfig', 'check_types', 'check_config', 'rate', 'recipe', 'config_to_dict',
            'config_of_run']
 
-# %% ../nbs/07_recipes.ipynb #55059f5d
+# %% ../nbs/07_recipes.ipynb #5942adf0
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +15,7 @@ from typing import get_type_hints
 from .bits import scale_schedule
 from .tokenizer import BitVAEConfig, config_from_dict
 
-# %% ../nbs/07_recipes.ipynb #a26c37e4
+# %% ../nbs/07_recipes.ipynb #1243a427
 @dataclass(frozen=True)
 class TrainConfig:
     "One training run; the defaults are the published first stage (Infinity, d = 16)."
@@ -45,7 +45,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/07_recipes.ipynb #f8db03ef
+# %% ../nbs/07_recipes.ipynb #8f8f7f05
 def check_types(c: TrainConfig) -> None:
     "Raise `TypeError` for a value of another type than its field's."
     for name, kind in get_type_hints(type(c)).items():
@@ -53,7 +53,7 @@ def check_types(c: TrainConfig) -> None:
         if not isinstance(value, kinds + ((int,) if float in kinds else ())) or (isinstance(value, bool) and bool not in kinds):
             raise TypeError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
 
-
+# %% ../nbs/07_recipes.ipynb #5b9a1a08
 def check_config(c: TrainConfig) -> None:
     "Raise `TypeError` or `ValueError` for a value that no run can have, naming it and what it may be."
     check_types(c)
@@ -82,7 +82,7 @@ def check_config(c: TrainConfig) -> None:
     for name, (holds, wanted) in rules.items():
         if not holds: raise ValueError(f"{name} must be {wanted}, got {getattr(c, name)!r}")
 
-# %% ../nbs/07_recipes.ipynb #64a4a792
+# %% ../nbs/07_recipes.ipynb #1a9c6586
 def rate(
     config: TrainConfig,
     step: int,  # from 0
@@ -93,19 +93,19 @@ def rate(
     if config.decay == "step": return 1.0 if step < config.lr_drop * config.steps else 0.1
     return (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
 
-# %% ../nbs/07_recipes.ipynb #414641a7
+# %% ../nbs/07_recipes.ipynb #4bef3710
 QUICK = TrainConfig(
     name="quick",
     model=BitVAEConfig(dim=16, channels=48, multipliers=(1, 1, 1, 1), res_blocks=0, stride=8),
-    schedule="dynamic", drop_rate=0.0, size=64, max_zoom=12.0, whole=0.5, upscale=False, batch=4, steps=2400,
-    lr=1.5e-3, warmup=0.04, decay="cosine", discriminator_start=None, pixels="mse", perceptual="none",
+    schedule="dynamic", drop_rate=0.0, size=64, max_zoom=12.0, whole=0.5, upscale=False, batch=4, steps=2000,
+    lr=1.5e-3, warmup=0.05, decay="cosine", discriminator_start=None, pixels="mse", perceptual="none",
     align=1.0, start_norm=3.0, checkpoint_every=200,
 )  # fmt: skip
 SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2, steps=3, checkpoint_every=2)
 RECIPES = {c.name: c for c in (QUICK, SMOKE)}
 RECIPES |= {f"d{d}_stage1": TrainConfig(f"d{d}_stage1", BitVAEConfig(dim=d)) for d in (16, 24, 32, 64)}
 
-
+# %% ../nbs/07_recipes.ipynb #547a24ee
 def recipe(
     name: str,     # one of `RECIPES`
     **overrides,   # fields of `TrainConfig` or of its `BitVAEConfig`
@@ -121,12 +121,12 @@ def recipe(
     rest = {key: v for key, v in overrides.items() if key not in models}
     return replace(RECIPES[name], model=replace(RECIPES[name].model, **model), **rest)
 
-# %% ../nbs/07_recipes.ipynb #dead9a96
+# %% ../nbs/07_recipes.ipynb #f96de29d
 def config_to_dict(config: TrainConfig) -> dict:
     "A recipe as plain values, for JSON."
     return asdict(config)
 
-
+# %% ../nbs/07_recipes.ipynb #b38e7019
 def config_of_run(
     values: Mapping,  # parsed JSON
 ) -> TrainConfig:
