@@ -7,7 +7,7 @@ __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED',
            'stretch', 'fitting', 'climbing', 'scale_schedule', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select',
            'equal', 'sealed', 'unseal', 'pack', 'read_header', 'unpack', 'replacing', 'write_bits', 'read_bits']
 
-# %% ../nbs/01_bits.ipynb #8007e512
+# %% ../nbs/01_bits.ipynb #4c7a353f
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/01_bits.ipynb #2a54b4d6
+# %% ../nbs/01_bits.ipynb #bd92ae8a
 Size = tuple[int, int]
 Schedule = tuple[Size, ...]
 
@@ -45,7 +45,7 @@ DYNAMIC = [ladder(text) for text in (
     "1 2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37 144x48 180x60 222x74",
 )]  # fmt: skip
 
-# %% ../nbs/01_bits.ipynb #621085d7
+# %% ../nbs/01_bits.ipynb #142d1a92
 DENSE = ladder(" ".join(map(str, [*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128])))
 ORIGINAL = {
     (16, 16): ladder("1 2 3 4 5 6 8 10 13 16"),
@@ -61,7 +61,7 @@ LISTED = {
     "half": WIDE | {(16, 16): ORIGINAL[16, 16], (32, 32): ORIGINAL[16, 16], (64, 64): DYNAMIC[0][:7]},
 }
 
-# %% ../nbs/01_bits.ipynb #023fba86
+# %% ../nbs/01_bits.ipynb #7c6eb5cd
 def extend(
     rungs: Schedule,  # one ladder
     area: int,        # tokens wanted at the last scale
@@ -83,7 +83,7 @@ def stretch(
     scaled = [(max(1, int(a * h / H + 0.5)), max(1, int(b * w / W + 0.5))) for a, b in rungs]
     return tuple(dict.fromkeys([(1, 1), *scaled[1:], (h, w)]))
 
-# %% ../nbs/01_bits.ipynb #92cbeae2
+# %% ../nbs/01_bits.ipynb #1c65e2fe
 def fitting(
     candidates: list[Schedule],  # schedules that end elsewhere
     h: int,                      # tokens down
@@ -93,7 +93,7 @@ def fitting(
     distance = {c: abs(math.log(math.prod(c[-1]) / (h * w))) for c in candidates}
     return stretch(min(candidates, key=lambda c: (len(stretch(c, h, w)) < len(c), distance[c])), h, w)
 
-# %% ../nbs/01_bits.ipynb #7ce7d968
+# %% ../nbs/01_bits.ipynb #5a1792e0
 def climbing(
     ladders: list[Schedule],  # one per aspect ratio
     h: int,                   # tokens down
@@ -105,7 +105,7 @@ def climbing(
     rungs = extend(rungs, h * w)
     return fitting([rungs[:k] for k in range(1, len(rungs) + 1)], h, w)
 
-# %% ../nbs/01_bits.ipynb #c1a9ea0e
+# %% ../nbs/01_bits.ipynb #cff2ba7f
 def scale_schedule(
     h: int,                # tokens down: image height / stride
     w: int,                # tokens across: image width / stride
@@ -126,7 +126,7 @@ def scale_schedule(
     if mode == "original": return fitting(list(ORIGINAL.values()), h, w)
     return climbing(DYNAMIC if mode == "dynamic" else [DENSE], h, w)
 
-# %% ../nbs/01_bits.ipynb #913e161e
+# %% ../nbs/01_bits.ipynb #9c43abe3
 class BitsError(ValueError):
     "Bits that do not fit together, or bytes that are not what was written."
 
@@ -143,7 +143,7 @@ def check_planes(
         if plane.dtype != torch.bool or plane.shape != (B, h, w, d):
             raise BitsError(f"plane {k} must be bool {(B, h, w, d)}, got {plane.dtype} {tuple(plane.shape)}")
 
-# %% ../nbs/01_bits.ipynb #573cce64
+# %% ../nbs/01_bits.ipynb #3b0e2516
 @dataclass(frozen=True, eq=False, repr=False)
 class Bits:
     "An image, or a batch of them, as bit planes from coarse to fine."
@@ -184,7 +184,7 @@ class Bits:
     @staticmethod
     def load(file: str | os.PathLike) -> "Bits": "Read what `save` wrote; raises `BitsError`."; return read_bits(file)
 
-# %% ../nbs/01_bits.ipynb #984a7b00
+# %% ../nbs/01_bits.ipynb #99070808
 def prefix(
     bits: Bits,
     scales: slice,  # `bits[:k]`, k >= 1
@@ -196,7 +196,7 @@ def prefix(
         raise BitsError(f"bits[:{scales.stop}] holds no scale at all: keep at least one")
     return replace(bits, planes=bits.planes[scales])
 
-# %% ../nbs/01_bits.ipynb #eacf5e95
+# %% ../nbs/01_bits.ipynb #8c2b20e7
 def select(
     bits: Bits,
     images: int | slice,  # position in the batch
@@ -213,7 +213,7 @@ def equal(a: Bits, b: Bits) -> bool:
     facts = [(x.schedule, x.latent_size, x.image_size, len(x), x.batch, x.dim) for x in (a, b)]
     return facts[0] == facts[1] and all(torch.equal(p, q.to(p.device)) for p, q in zip(a, b, strict=True))
 
-# %% ../nbs/01_bits.ipynb #b7c60564
+# %% ../nbs/01_bits.ipynb #b2d5dbdd
 MAGIC, VERSION = b"BVAE", 1
 
 
@@ -236,7 +236,7 @@ def unseal(
         raise BitsError(f"{what} is damaged (its check sum differs): fetch or write the file again")
     return bytes(part)
 
-# %% ../nbs/01_bits.ipynb #35f1bbe5
+# %% ../nbs/01_bits.ipynb #201a8b68
 def pack(bits: Bits) -> bytes:
     "Header and planes, one bit per bit, each part followed by its check sum."
     header = {"batch": bits.batch, "dim": bits.dim, "planes": len(bits), "schedule": bits.schedule}
@@ -244,7 +244,7 @@ def pack(bits: Bits) -> bytes:
     head = MAGIC + struct.pack("<BI", VERSION, len(text)) + text
     return sealed(head) + b"".join(sealed(np.packbits(p.cpu().numpy().ravel()).tobytes()) for p in bits)
 
-# %% ../nbs/01_bits.ipynb #4b539074
+# %% ../nbs/01_bits.ipynb #510c36d3
 def read_header(data: memoryview) -> tuple[dict, int]:
     "Check and parse the start of the bytes; returns the header and where the planes begin."
     if bytes(data[:4]) != MAGIC:
@@ -256,7 +256,7 @@ def read_header(data: memoryview) -> tuple[dict, int]:
         raise BitsError(f"bits file of version {version}; this program reads version {VERSION}: update bitvae")
     return json.loads(unseal(data, 0, 9 + length, "the header")[9:]), 13 + length
 
-# %% ../nbs/01_bits.ipynb #c08a27a7
+# %% ../nbs/01_bits.ipynb #8221014f
 def unpack(
     data: bytes,  # what `pack` returned
 ) -> Bits:
@@ -275,7 +275,7 @@ def unpack(
     image_size = header["image_size"] and tuple(header["image_size"])
     return Bits(planes, header["schedule"], header["latent_size"], image_size)
 
-# %% ../nbs/01_bits.ipynb #f1f1f1f3
+# %% ../nbs/01_bits.ipynb #e0c79c12
 @contextmanager
 def replacing(
     file: str | os.PathLike,  # the final name
@@ -289,7 +289,7 @@ def replacing(
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/01_bits.ipynb #31eb7369
+# %% ../nbs/01_bits.ipynb #ebcd04ef
 def write_bits(bits: Bits, file: str | os.PathLike) -> Path:
     "Write the packed bits to a file, in one step."
     with replacing(file) as part: part.write_bytes(pack(bits))

@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'Source', 'open_cached', 'DataError', 'parse_line', 'read_list', 'image_files', 'fingerprint',
            'random_crop', 'shuffled', 'RandomCrops', 'StepBatches', 'batches']
 
-# %% ../nbs/06_data.ipynb #cc26437e
+# %% ../nbs/06_data.ipynb #3784efb5
 import hashlib
 import os
 import re
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import ImageError, bundled_photographs, held_out_photographs, open_image, to_tensor
 
-# %% ../nbs/06_data.ipynb #801e030e
+# %% ../nbs/06_data.ipynb #5825d637
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
@@ -39,7 +39,7 @@ def parse_line(
         raise DataError(f"expected 'path', 'path label' or 'path height width', got {line.strip()!r}")
     raise DataError(f"no such image file: {folder / path}")
 
-# %% ../nbs/06_data.ipynb #dbfd9af6
+# %% ../nbs/06_data.ipynb #9dd04246
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> list[Path]:
@@ -52,7 +52,7 @@ def read_list(
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #d86ba8c8
+# %% ../nbs/06_data.ipynb #cd94625c
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -74,14 +74,14 @@ def image_files(
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
 
-# %% ../nbs/06_data.ipynb #6252f80d
+# %% ../nbs/06_data.ipynb #aa4dc8fb
 def fingerprint(
     files: Sequence[Path],
 ) -> str:  # 16 hexadecimal digits
     "Identify a data set by the names and sizes of its files, in order."
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in files).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #ce5ff597
+# %% ../nbs/06_data.ipynb #613fee08
 def random_crop(
     picture: Image.Image,      # RGB
     size: int,                 # side of the result, pixels
@@ -102,7 +102,7 @@ def random_crop(
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop)[0]
 
-# %% ../nbs/06_data.ipynb #1438a76a
+# %% ../nbs/06_data.ipynb #53af19ab
 open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
 
 
@@ -115,7 +115,7 @@ def shuffled(
     "The order of the images in one epoch."
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
-# %% ../nbs/06_data.ipynb #fcdc852b
+# %% ../nbs/06_data.ipynb #ec6f6377
 class RandomCrops(Dataset):
     "An endless sequence of crops: item n is (3, size, size) in [-1, 1] and depends on (files, seed, n) alone."
 
@@ -139,7 +139,7 @@ class RandomCrops(Dataset):
         try: return random_crop(self.open(file), self.size, rng, *self.crop)
         except ImageError as e: raise ImageError(f"{file}: {e}") from None
 
-# %% ../nbs/06_data.ipynb #02400d52
+# %% ../nbs/06_data.ipynb #03b64318
 class StepBatches:
     "The crop numbers of every step of one process."
 
@@ -153,7 +153,7 @@ class StepBatches:
             first = (step * self.processes + self.rank) * self.batch
             yield list(range(first, first + self.batch))
 
-# %% ../nbs/06_data.ipynb #8215ef88
+# %% ../nbs/06_data.ipynb #2a9cbbc0
 def batches(
     crops: Dataset,      # item n is one crop
     batch: int,          # crops per step and process, B

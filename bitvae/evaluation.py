@@ -6,7 +6,7 @@
 __all__ = ['THUMBNAILS', 'PER_IMAGE', 'psnr', 'ssim', 'thumbnail', 'prefixes', 'plot_progressive', 'Protocol', 'score',
            'score_batch', 'evaluate', 'table', 'save_results', 'plot_quality']
 
-# %% ../nbs/09_evaluation.ipynb #c8763f51
+# %% ../nbs/09_evaluation.ipynb #cc2b9ed7
 import json
 import os
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from .data import Source, fingerprint, image_files
 from .images import load_image, show_images, to_uint8
 from .tokenizer import BitVAE
 
-# %% ../nbs/09_evaluation.ipynb #916f8976
+# %% ../nbs/09_evaluation.ipynb #1a1011b4
 def psnr(
     x: Tensor,               # pictures (B, 3, H, W) in [-1, 1]
     y: Tensor,               # reconstructions, the same shape; clamped to [-1, 1]
@@ -34,7 +34,7 @@ def psnr(
     a, b = (to_uint8(t, truncate).double() / 255 for t in (x, y))
     return -10 * torch.log10((a - b).square().mean(dim=(1, 2, 3)))
 
-# %% ../nbs/09_evaluation.ipynb #0c116eaa
+# %% ../nbs/09_evaluation.ipynb #a3f20352
 def ssim(
     x: Tensor,               # pictures (B, 3, H, W) in [-1, 1], sides of at least 7 pixels
     y: Tensor,               # reconstructions, the same shape; clamped to [-1, 1]
@@ -47,7 +47,7 @@ def ssim(
     pairs = zip(*(to_uint8(t, truncate).permute(0, 2, 3, 1).cpu().numpy() / 255 for t in (x, y)), strict=True)
     return torch.tensor([structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs], dtype=torch.float64)
 
-# %% ../nbs/09_evaluation.ipynb #b36d6a0a
+# %% ../nbs/09_evaluation.ipynb #e0e24e32
 THUMBNAILS = (1, 2, 4, 8)
 
 
@@ -60,7 +60,7 @@ def thumbnail(
     small = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
     return F.interpolate(small.clamp(-1, 1), size=x.shape[-2:], mode="bicubic").clamp(-1, 1)
 
-# %% ../nbs/09_evaluation.ipynb #6b871b9e
+# %% ../nbs/09_evaluation.ipynb #2623adde
 def prefixes(
     tok: BitVAE,
     bits: Bits,
@@ -68,7 +68,7 @@ def prefixes(
     "Decode every prefix of the scales, coarse to fine."
     for k in range(1, len(bits) + 1): yield bits[:k], tok.decode(bits[:k])
 
-# %% ../nbs/09_evaluation.ipynb #2e5e53b5
+# %% ../nbs/09_evaluation.ipynb #c3010323
 def plot_progressive(
     tok: BitVAE,
     x: Tensor,             # pictures (B, 3, H, W) in [-1, 1]
@@ -84,7 +84,7 @@ def plot_progressive(
     titles = [title[i] for i in range(len(x)) for _, title in columns]
     return show_images(pictures, titles, columns=len(columns), width=width)
 
-# %% ../nbs/09_evaluation.ipynb #472742b1
+# %% ../nbs/09_evaluation.ipynb #8e19f08b
 @dataclass(frozen=True)
 class Protocol:
     "How numbers are taken; stored with every result."
@@ -95,7 +95,7 @@ class Protocol:
     def __post_init__(self):
         if self.size < 7: raise ValueError(f"size must be at least 7 pixels, for SSIM's window, got {self.size}")
 
-# %% ../nbs/09_evaluation.ipynb #105368f2
+# %% ../nbs/09_evaluation.ipynb #0a2128b8
 def score(
     x: Tensor,  # (B, 3, H, W)
     y: Tensor,  # the same shape
@@ -104,7 +104,7 @@ def score(
     "All metrics of every pair."
     return {"psnr": psnr(x, y, protocol.truncate).tolist(), "ssim": ssim(x, y, protocol.truncate).tolist()}
 
-# %% ../nbs/09_evaluation.ipynb #207edfb1
+# %% ../nbs/09_evaluation.ipynb #2581caf3
 def score_batch(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W)
@@ -121,7 +121,7 @@ def score_batch(
         rows[f"{len(part)} scale{'s' * (len(part) > 1)}"] = facts | score(x, y, protocol) | {"share_of_ones": ones}
     return rows
 
-# %% ../nbs/09_evaluation.ipynb #9f8d89a8
+# %% ../nbs/09_evaluation.ipynb #ef6b5441
 def evaluate(
     tok: BitVAE,
     images: Source = "held-out",          # see `image_files`
@@ -144,7 +144,7 @@ def evaluate(
 
 PER_IMAGE = ("psnr", "ssim", "share_of_ones")
 
-# %% ../nbs/09_evaluation.ipynb #41164e58
+# %% ../nbs/09_evaluation.ipynb #de055cc9
 def table(
     results: dict,  # from `evaluate`
 ) -> str:
@@ -156,14 +156,14 @@ def table(
         lines.append(f"{name:16}{facts}{r['psnr']:>10.2f}{r['ssim']:>8.3f}")
     return "\n".join(lines)
 
-# %% ../nbs/09_evaluation.ipynb #2046ccf7
+# %% ../nbs/09_evaluation.ipynb #aab7ffd8
 def save_results(results: dict, file: str | os.PathLike) -> Path:
     "Write results as JSON, in one step."
     text = json.dumps(results, indent=1).replace("Infinity", '"Infinity"')
     with replacing(file) as part: part.write_text(text + "\n")
     return Path(file)
 
-# %% ../nbs/09_evaluation.ipynb #e37efc2f
+# %% ../nbs/09_evaluation.ipynb #886ffa9c
 def plot_quality(
     results: dict,  # from `evaluate`
 ):  # a matplotlib Figure

@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ImageError', 'to_rgb', 'open_image', 'to_tensor', 'to_uint8', 'to_image', 'center_crop', 'load_image',
            'save_image', 'show_images', 'bundled_photographs', 'held_out_photographs']
 
-# %% ../nbs/00_images.ipynb #be9efed2
+# %% ../nbs/00_images.ipynb #08bdd407
 import math
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../nbs/00_images.ipynb #c929d71a
+# %% ../nbs/00_images.ipynb #0a8bbf93
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file, what is wrong, and what to do."
 
@@ -40,7 +40,7 @@ def to_rgb(
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
 
-# %% ../nbs/00_images.ipynb #dbfdb6f2
+# %% ../nbs/00_images.ipynb #97c69372
 def open_image(
     file: str | os.PathLike,  # any file Pillow reads
 ) -> Image.Image:  # upright 8-bit RGB, fully decoded
@@ -59,7 +59,7 @@ def open_image(
     except (OSError, SyntaxError, ValueError) as e:
         raise ImageError(f"{file} cannot be decoded ({e}): it is truncated or damaged; fetch it again or remove it") from e
 
-# %% ../nbs/00_images.ipynb #fd07a6cf
+# %% ../nbs/00_images.ipynb #a5a18771
 def to_tensor(
     picture: Image.Image,  # mode RGB
 ) -> Tensor:  # (1, 3, H, W), float32 in [-1, 1]
@@ -67,7 +67,7 @@ def to_tensor(
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
     return pixels.permute(2, 0, 1)[None].contiguous() / 127.5 - 1
 
-# %% ../nbs/00_images.ipynb #5cf69df2
+# %% ../nbs/00_images.ipynb #f00961ee
 def to_uint8(
     x: Tensor,               # (..., H, W), any range; [-1, 1] is kept
     truncate: bool = False,  # cut the fraction off instead of rounding
@@ -76,7 +76,7 @@ def to_uint8(
     scaled = (x.float().clamp(-1, 1) + 1) * 127.5
     return (scaled if truncate else scaled.round()).to(torch.uint8)
 
-# %% ../nbs/00_images.ipynb #2fbd1f2f
+# %% ../nbs/00_images.ipynb #d50336b3
 def to_image(
     x: Tensor,  # (3, H, W) or (1, 3, H, W)
 ) -> Image.Image:  # mode RGB
@@ -86,7 +86,7 @@ def to_image(
         raise ValueError(f"to_image takes one picture (3, H, W), got {tuple(x.shape)}: index the batch first")
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
 
-# %% ../nbs/00_images.ipynb #38599940
+# %% ../nbs/00_images.ipynb #821afe84
 def center_crop(
     picture: Image.Image,  # any size
     size: int,             # side of the square, pixels
@@ -100,7 +100,7 @@ def center_crop(
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
-# %% ../nbs/00_images.ipynb #a2bf6ddb
+# %% ../nbs/00_images.ipynb #728fa915
 def load_image(
     file: str | os.PathLike,  # any file Pillow reads
     size: int | None = None,  # side of a centre crop, short side resized to it; None keeps the picture's own size
@@ -109,7 +109,7 @@ def load_image(
     picture = open_image(file)
     return to_tensor(picture if size is None else center_crop(picture, size))
 
-# %% ../nbs/00_images.ipynb #c9afb7fa
+# %% ../nbs/00_images.ipynb #3f6e651c
 def save_image(
     x: Tensor,                # (3, H, W) or (1, 3, H, W) in [-1, 1]
     file: str | os.PathLike,  # its ending chooses the format
@@ -118,12 +118,12 @@ def save_image(
     to_image(x).save(file)
     return Path(file)
 
-# %% ../nbs/00_images.ipynb #efc2d1b6
+# %% ../nbs/00_images.ipynb #6a56a82e
 def show_images(
     images: Tensor | Sequence[Tensor],    # (B, 3, H, W), or a list of (3, H, W) and (B, 3, H, W), in [-1, 1]
     titles: Sequence[str] | None = None,  # one per picture
     columns: int | None = None,           # pictures per row; all in one row unless there are more than 8
-    width: float = 1.8,                   # of one picture, inches
+    width: float = 1.4,                   # of one picture, inches
 ):  # a matplotlib Figure
     "Show pictures side by side."
     from matplotlib import pyplot as plt
@@ -141,7 +141,7 @@ def show_images(
         if titles and i < len(titles): ax.set_title(titles[i], fontsize=9)
     return fig
 
-# %% ../nbs/00_images.ipynb #646a0e8a
+# %% ../nbs/00_images.ipynb #33e962e0
 def bundled_photographs() -> list[Path]:
     "The nine photographs in the package: these are for training."
     return sorted((Path(__file__).parent / "assets" / "photographs").glob("*.jpg"))

@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZER', 'ADVERSARIAL', 'Distance', 'LECAM', 'MARGIN', 'VGG_FILE', 'generator_loss', 'discriminator_loss',
            'lpips_vgg']
 
-# %% ../nbs/05_losses.ipynb #a5a36500
+# %% ../nbs/05_losses.ipynb #3dcc73c5
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .quantizer import Quantized
 
-# %% ../nbs/05_losses.ipynb #40da5bbf
+# %% ../nbs/05_losses.ipynb #4f308105
 QUANTIZER, ADVERSARIAL = 4.0, 0.3
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of pictures to one number per pair, or to their mean
 
@@ -40,7 +40,7 @@ def generator_loss(
     loss = sum(terms.values()) + (align * distance if align else 0)
     return loss, {name: t.detach() for name, t in (terms | {"latent": distance, "loss": loss}).items()}
 
-# %% ../nbs/05_losses.ipynb #e5a4a523
+# %% ../nbs/05_losses.ipynb #a254242c
 LECAM, MARGIN = 0.05, 0.1
 
 
@@ -54,7 +54,7 @@ def discriminator_loss(
     parts = {"hinge": hinge, "lecam": lecam, "logits_real": real.mean(), "logits_fake": fake.mean()}
     return hinge + LECAM * lecam, {name: p.detach() for name, p in parts.items()}
 
-# %% ../nbs/05_losses.ipynb #054d2a8f
+# %% ../nbs/05_losses.ipynb #be0dbb9d
 VGG_FILE = "vgg16-397923af.pth"
 
 

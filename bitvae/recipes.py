@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'SMOKE', 'RECIPES', 'TrainConfig', 'check_types', 'check_config', 'rate', 'recipe', 'config_to_dict',
            'config_of_run']
 
-# %% ../nbs/07_recipes.ipynb #5942adf0
+# %% ../nbs/07_recipes.ipynb #289274e1
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,7 +15,7 @@ from typing import get_type_hints
 from .bits import scale_schedule
 from .tokenizer import BitVAEConfig, config_from_dict
 
-# %% ../nbs/07_recipes.ipynb #1243a427
+# %% ../nbs/07_recipes.ipynb #909909f9
 @dataclass(frozen=True)
 class TrainConfig:
     "One training run; the defaults are the published first stage (Infinity, d = 16)."
@@ -45,7 +45,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/07_recipes.ipynb #8f8f7f05
+# %% ../nbs/07_recipes.ipynb #6099953e
 def check_types(c: TrainConfig) -> None:
     "Raise `TypeError` for a value of another type than its field's."
     for name, kind in get_type_hints(type(c)).items():
@@ -53,7 +53,7 @@ def check_types(c: TrainConfig) -> None:
         if not isinstance(value, kinds + ((int,) if float in kinds else ())) or (isinstance(value, bool) and bool not in kinds):
             raise TypeError(f"{name} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
 
-# %% ../nbs/07_recipes.ipynb #5b9a1a08
+# %% ../nbs/07_recipes.ipynb #44c0cbbe
 def check_config(c: TrainConfig) -> None:
     "Raise `TypeError` or `ValueError` for a value that no run can have, naming it and what it may be."
     check_types(c)
@@ -82,7 +82,7 @@ def check_config(c: TrainConfig) -> None:
     for name, (holds, wanted) in rules.items():
         if not holds: raise ValueError(f"{name} must be {wanted}, got {getattr(c, name)!r}")
 
-# %% ../nbs/07_recipes.ipynb #1a9c6586
+# %% ../nbs/07_recipes.ipynb #11c582f7
 def rate(
     config: TrainConfig,
     step: int,  # from 0
@@ -93,7 +93,7 @@ def rate(
     if config.decay == "step": return 1.0 if step < config.lr_drop * config.steps else 0.1
     return (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
 
-# %% ../nbs/07_recipes.ipynb #4bef3710
+# %% ../nbs/07_recipes.ipynb #2829d5c7
 QUICK = TrainConfig(
     name="quick",
     model=BitVAEConfig(dim=16, channels=48, multipliers=(1, 1, 1, 1), res_blocks=0, stride=8),
@@ -105,7 +105,7 @@ SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, channels=24), si
 RECIPES = {c.name: c for c in (QUICK, SMOKE)}
 RECIPES |= {f"d{d}_stage1": TrainConfig(f"d{d}_stage1", BitVAEConfig(dim=d)) for d in (16, 24, 32, 64)}
 
-# %% ../nbs/07_recipes.ipynb #547a24ee
+# %% ../nbs/07_recipes.ipynb #cf0419ee
 def recipe(
     name: str,     # one of `RECIPES`
     **overrides,   # fields of `TrainConfig` or of its `BitVAEConfig`
@@ -121,12 +121,12 @@ def recipe(
     rest = {key: v for key, v in overrides.items() if key not in models}
     return replace(RECIPES[name], model=replace(RECIPES[name].model, **model), **rest)
 
-# %% ../nbs/07_recipes.ipynb #f96de29d
+# %% ../nbs/07_recipes.ipynb #86e899a3
 def config_to_dict(config: TrainConfig) -> dict:
     "A recipe as plain values, for JSON."
     return asdict(config)
 
-# %% ../nbs/07_recipes.ipynb #b38e7019
+# %% ../nbs/07_recipes.ipynb #9482df29
 def config_of_run(
     values: Mapping,  # parsed JSON
 ) -> TrainConfig:

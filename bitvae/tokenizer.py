@@ -7,7 +7,7 @@ __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'BitVAEConfig', 'config_from_dic
            'encode', 'decode', 'CheckpointError', 'read_weights', 'tokenizer_weights', 'config_from_weights', 'short',
            'build', 'weights_folder', 'fetch', 'save_tokenizer', 'read_config', 'load_tokenizer']
 
-# %% ../nbs/04_tokenizer.ipynb #2fe75edc
+# %% ../nbs/04_tokenizer.ipynb #a1934634
 import json
 import os
 import pickle
@@ -25,7 +25,7 @@ from .architecture import Decoder, Encoder, group_norm, our_name
 from .bits import Bits, replacing, scale_schedule
 from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
 
-# %% ../nbs/04_tokenizer.ipynb #0ddb27f6
+# %% ../nbs/04_tokenizer.ipynb #f0af1e64
 @dataclass(frozen=True)
 class BitVAEConfig:
     "What a tokenizer is: the shape of its networks and its schedule."
@@ -50,7 +50,7 @@ class BitVAEConfig:
         for m in self.multipliers: group_norm(self.channels * m)
         scale_schedule(16, 16, self.mode)
 
-# %% ../nbs/04_tokenizer.ipynb #6438ed0d
+# %% ../nbs/04_tokenizer.ipynb #282f185c
 def config_from_dict(
     values: Mapping,  # parsed JSON
 ) -> BitVAEConfig:
@@ -60,7 +60,7 @@ def config_from_dict(
         raise ValueError(f"unknown configuration keys {', '.join(unknown)}: known are {', '.join(known)}")
     return BitVAEConfig(**values)
 
-# %% ../nbs/04_tokenizer.ipynb #e4408767
+# %% ../nbs/04_tokenizer.ipynb #294bc511
 def pad_to_stride(
     x: Tensor,    # (B, 3, H, W)
     stride: int,  # f
@@ -69,7 +69,7 @@ def pad_to_stride(
     H, W = x.shape[-2:]
     return F.pad(x, (0, -W % stride, 0, -H % stride), mode="replicate") if H % stride or W % stride else x
 
-# %% ../nbs/04_tokenizer.ipynb #6772d7dd
+# %% ../nbs/04_tokenizer.ipynb #e1fb4cc0
 def check_pictures(
     x: Tensor,  # (B, 3, H, W) in [-1, 1]
 ) -> None:
@@ -79,7 +79,7 @@ def check_pictures(
     if not (peak := x.detach().abs().amax().item()) <= 2:
         raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
-# %% ../nbs/04_tokenizer.ipynb #e223b104
+# %% ../nbs/04_tokenizer.ipynb #509a8a3c
 class BitVAE(nn.Module):
     "A bitwise visual tokenizer: encoder, multi-scale BSQ, decoder (Infinity, arXiv 2412.04431)."
 
@@ -118,7 +118,7 @@ class BitVAE(nn.Module):
     device = property(lambda self: self.encoder.conv_in.weight.device, doc="Where the weights live.")
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
-# %% ../nbs/04_tokenizer.ipynb #6f8358cd
+# %% ../nbs/04_tokenizer.ipynb #539a9891
 @torch.inference_mode()
 def encode(
     tok: BitVAE,
@@ -131,7 +131,7 @@ def encode(
     bits = tok.quantizer(z, keep).bits.to(x.device)
     return replace(bits, image_size=tuple(x.shape[-2:]))
 
-# %% ../nbs/04_tokenizer.ipynb #5b978f92
+# %% ../nbs/04_tokenizer.ipynb #c74d09d0
 @torch.inference_mode()
 def decode(
     tok: BitVAE,
@@ -144,7 +144,7 @@ def decode(
     H, W = bits.image_size or y.shape[-2:]
     return y[..., :H, :W].to(bits.device)
 
-# %% ../nbs/04_tokenizer.ipynb #78e7a0be
+# %% ../nbs/04_tokenizer.ipynb #2f688789
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and what does not fit."
 
@@ -164,7 +164,7 @@ def read_weights(
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
         raise CheckpointError(f"{file} is truncated or no checkpoint: fetch it again ({str(e).splitlines()[0]})") from e
 
-# %% ../nbs/04_tokenizer.ipynb #f9f389fb
+# %% ../nbs/04_tokenizer.ipynb #77f0a6a6
 IGNORED = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
 
 
@@ -178,7 +178,7 @@ def tokenizer_weights(
         weights = {name.removeprefix("vae.").removeprefix("module."): w for name, w in nested.items()}
     return {our_name(name): w for name, w in weights.items() if not name.startswith(IGNORED)}
 
-# %% ../nbs/04_tokenizer.ipynb #3a585f94
+# %% ../nbs/04_tokenizer.ipynb #bcdcadd5
 def config_from_weights(
     weights: Mapping[str, Tensor],  # our names
 ) -> BitVAEConfig:
@@ -204,7 +204,7 @@ def short(
     names = list(names)
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/04_tokenizer.ipynb #08615798
+# %% ../nbs/04_tokenizer.ipynb #cad5cb17
 def build(
     cls: type[BitVAE],
     config: BitVAEConfig,
@@ -221,7 +221,7 @@ def build(
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
     return tok.eval()
 
-# %% ../nbs/04_tokenizer.ipynb #b955c127
+# %% ../nbs/04_tokenizer.ipynb #d3dc887f
 RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64", "infinity_vae_d32reg")
 REPOSITORY = "FoundationVision/Infinity"
 
@@ -230,7 +230,7 @@ def weights_folder() -> Path:
     "Where files fetched by hand are looked for: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
 
-# %% ../nbs/04_tokenizer.ipynb #8f058e9d
+# %% ../nbs/04_tokenizer.ipynb #de6c65d9
 def fetch(
     name: str,  # one of `RELEASED`
 ) -> Path:
@@ -245,7 +245,7 @@ def fetch(
         raise ConnectionError(f"cannot download {name}.pth: fetch it from the Hugging Face repository {REPOSITORY} on a machine with "
                               f"network and put it at {by_hand}, or pass its path ({str(e).splitlines()[0]})") from e  # fmt: skip
 
-# %% ../nbs/04_tokenizer.ipynb #c80f8eac
+# %% ../nbs/04_tokenizer.ipynb #509c9744
 def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
@@ -258,7 +258,7 @@ def save_tokenizer(
     with replacing(folder / "config.json") as part: part.write_text(json.dumps(asdict(tok.config), indent=1) + "\n")
     return folder
 
-# %% ../nbs/04_tokenizer.ipynb #02254186
+# %% ../nbs/04_tokenizer.ipynb #4c636248
 def read_config(file: Path) -> BitVAEConfig:
     "Read config.json; raises `FileNotFoundError` or `CheckpointError`."
     if not file.is_file():
@@ -268,7 +268,7 @@ def read_config(file: Path) -> BitVAEConfig:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
 
-# %% ../nbs/04_tokenizer.ipynb #557e4600
+# %% ../nbs/04_tokenizer.ipynb #7abf59d3
 def load_tokenizer(
     cls: type[BitVAE],
     name: str | os.PathLike,  # a released name, a checkpoint file, or a folder of `save_pretrained`

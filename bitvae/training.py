@@ -7,7 +7,7 @@ __all__ = ['PIXELS', 'set_latent_norm', 'TrainingDiverged', 'adamw', 'update', '
            'save_checkpoint', 'load_checkpoint', 'commit', 'run_record', 'RunExistsError', 'open_run', 'Log',
            'read_log', 'Interrupted', 'StopSignals', 'train', 'guarded_step', 'progress']
 
-# %% ../nbs/08_training.ipynb #501c1ac8
+# %% ../nbs/08_training.ipynb #769e7203
 import importlib.metadata
 import json
 import os
@@ -31,7 +31,7 @@ from .quantizer import MultiScaleBSQ
 from .recipes import TrainConfig, config_to_dict, rate
 from .tokenizer import BitVAE, read_weights
 
-# %% ../nbs/08_training.ipynb #f166b0cb
+# %% ../nbs/08_training.ipynb #bc9fd8dc
 @torch.no_grad()
 def set_latent_norm(
     encoder: nn.Module,
@@ -42,7 +42,7 @@ def set_latent_norm(
     factor = norm / encoder(x).norm(dim=1).mean()
     for p in encoder.conv_out.parameters(): p.mul_(factor)
 
-# %% ../nbs/08_training.ipynb #3021985b
+# %% ../nbs/08_training.ipynb #76d0a445
 class TrainingDiverged(RuntimeError):
     "The loss or the gradient became infinite or no number; the weights are those of before that step."
 
@@ -54,7 +54,7 @@ def adamw(
     "The published optimizer: AdamW, betas (0.9, 0.95), weight decay 0.01."
     return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
 
-# %% ../nbs/08_training.ipynb #063b481e
+# %% ../nbs/08_training.ipynb #7836b9ab
 def update(
     optimizer: torch.optim.Optimizer,
     loss: Tensor,     # scalar
@@ -72,7 +72,7 @@ def update(
     optimizer.step()
     return norm
 
-# %% ../nbs/08_training.ipynb #33ee1970
+# %% ../nbs/08_training.ipynb #7c70132d
 class Trainer:
     "The state of a run, on one of its processes."
 
@@ -96,7 +96,7 @@ class Trainer:
             self.critic_optimizer = adamw(self.critic, config.discriminator_lr)
         self.perceptual = lpips_vgg().to(accelerator.device) if config.perceptual == "lpips" else None
 
-# %% ../nbs/08_training.ipynb #d469aee1
+# %% ../nbs/08_training.ipynb #6ca54a0c
 PIXELS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
@@ -121,19 +121,19 @@ def train_step(
     t.done += 1
     return parts
 
-# %% ../nbs/08_training.ipynb #49704267
+# %% ../nbs/08_training.ipynb #a7e49972
 def step_seed(seed: int, step: int, process: int) -> int:
     "The seed of all that is random in one step of one process."
     return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0])
 
-# %% ../nbs/08_training.ipynb #0d896afd
+# %% ../nbs/08_training.ipynb #580d7b13
 def parts_of(t: Trainer) -> dict[str, object]:
     "Everything in a trainer that has a state, by its name in the checkpoint."
     parts = {"vae": t.tok, "opt_vae": t.optimizer}
     if t.critic is None: return parts
     return parts | {"image_disc": t.accelerator.unwrap_model(t.critic), "opt_image_disc": t.critic_optimizer}
 
-# %% ../nbs/08_training.ipynb #20411346
+# %% ../nbs/08_training.ipynb #5f4a66a2
 def save_checkpoint(t: Trainer, file: Path) -> None:
     "Write the state of a run, in one step."
     with replacing(file) as part: torch.save({name: p.state_dict() for name, p in parts_of(t).items()} | {"step": t.done}, part)
@@ -145,7 +145,7 @@ def load_checkpoint(t: Trainer, file: Path) -> None:
     for name, part in parts_of(t).items(): part.load_state_dict(state[name])
     t.done = state["step"]
 
-# %% ../nbs/08_training.ipynb #bcd6da76
+# %% ../nbs/08_training.ipynb #17af6a2a
 def commit() -> str | None:
     "The commit of the source this runs from, None outside a git checkout."
     here = Path(__file__).parent
@@ -153,7 +153,7 @@ def commit() -> str | None:
     except FileNotFoundError: return None
     return run.stdout.strip() or None
 
-# %% ../nbs/08_training.ipynb #99ffa3eb
+# %% ../nbs/08_training.ipynb #2829691a
 def run_record(
     config: TrainConfig,
     files: Sequence[Path],  # the images
@@ -171,11 +171,11 @@ def run_record(
         "threads": torch.get_num_threads(),
     }
 
-# %% ../nbs/08_training.ipynb #ccfeec2d
+# %% ../nbs/08_training.ipynb #ed02ea5e
 class RunExistsError(FileExistsError):
     "The output folder holds a run already, and it is not this one, or was not meant to be continued."
 
-# %% ../nbs/08_training.ipynb #cbfba4be
+# %% ../nbs/08_training.ipynb #da4f96e6
 def open_run(
     folder: Path,
     record: dict,  # from `run_record`
@@ -194,7 +194,7 @@ def open_run(
     if differing := [f"{k} ({theirs.get(k)!r} there, {v!r} here)" for k, v in ours.items() if theirs.get(k) != v]:
         raise RunExistsError(f"{what} with other values: {', '.join(differing)}; choose another folder")
 
-# %% ../nbs/08_training.ipynb #bad74993
+# %% ../nbs/08_training.ipynb #7c79c2a2
 class Log:
     "A line of metrics per step, in metrics.jsonl and as TensorBoard events; a context manager."
 
@@ -217,13 +217,13 @@ class Log:
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close(); self.events.close()
 
-# %% ../nbs/08_training.ipynb #dea4bd20
+# %% ../nbs/08_training.ipynb #83d49b21
 def read_log(file: Path) -> list[dict]:
     "The lines of metrics.jsonl, without one that was cut off by a kill; none where there is no file."
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
-# %% ../nbs/08_training.ipynb #05f01fee
+# %% ../nbs/08_training.ipynb #0f9c572a
 class Interrupted(KeyboardInterrupt):
     "The run was stopped from outside; its checkpoint is kept, and the message says how to go on."
 
@@ -244,7 +244,7 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
 
-# %% ../nbs/08_training.ipynb #93231ac5
+# %% ../nbs/08_training.ipynb #5fc7622b
 def train(
     config: TrainConfig,         # from `recipe`
     images: Source = "bundled",  # see `image_files`
@@ -256,13 +256,13 @@ def train(
     from accelerate import Accelerator
 
     accelerator, folder, files = Accelerator(cpu=not torch.cuda.is_available()), Path(folder), image_files(images)
+    if accelerator.num_processes > 1: raise ValueError("train runs in one process: start it without torchrun")
     crops = RandomCrops(files, config.size, config.seed, config.max_zoom, config.whole, config.upscale)
-    rank, processes = accelerator.process_index, accelerator.num_processes
     t = Trainer(config, next(iter(batches(crops, config.batch, range(1)))), accelerator)
     open_run(folder, run_record(config, files, accelerator), resume)
     checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists(): load_checkpoint(t, checkpoint)
-    data = batches(crops, config.batch, range(t.done, config.steps), rank, processes, workers)
+    data = batches(crops, config.batch, range(t.done, config.steps), workers=workers)
 
     with Log(folder, t.done) as log, StopSignals() as stop, progress(config, t.done) as bar:
         for x in data:
@@ -275,7 +275,7 @@ def train(
                 raise Interrupted(f"{stop.received} after step {t.done} of {config.steps}: {checkpoint} is kept, resume=True goes on")
     return t.tok.save_pretrained(folder / "tokenizer")
 
-# %% ../nbs/08_training.ipynb #99efba78
+# %% ../nbs/08_training.ipynb #439ea29f
 def guarded_step(t: Trainer, x: Tensor, checkpoint: Path) -> dict[str, Tensor]:
     "`train_step`, with a message that says what is kept when it diverges."
     try: return train_step(t, x)

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from bitvae.cli import run_notebook
+from bitvae.cli import NotebookError, run_notebook
 from bitvae.evaluation import table
 from bitvae.images import held_out_photographs
 
@@ -40,4 +40,7 @@ def main() -> None:
     print(f"progressive reconstructions   {show}/progressive.png")
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    try: main()
+    except KeyboardInterrupt: sys.exit("\nstopped; the same command goes on from the last checkpoint")
+    except NotebookError as e: sys.exit(f"\n{e}")
