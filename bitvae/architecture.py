@@ -6,11 +6,11 @@
 __all__ = ['group_norm', 'ResnetBlock', 'Downsample', 'Upsample', 'level', 'run', 'middle', 'Encoder', 'Decoder',
            'PatchDiscriminator', 'our_name', 'published_names']
 
-# %% ../nbs/03_architecture.ipynb #24ba1ca2
+# %% ../nbs/03_architecture.ipynb #62dffbe5
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../nbs/03_architecture.ipynb #c3c77d78
+# %% ../nbs/03_architecture.ipynb #cfcf6cc3
 def group_norm(
     width: int,  # channels, a multiple of 32 or 24
 ) -> nn.GroupNorm:
@@ -20,7 +20,7 @@ def group_norm(
         raise ValueError(f"a width of {width} channels cannot be normalized: take a multiple of 32 or of 24")
     return nn.GroupNorm(groups, width, eps=1e-6)
 
-# %% ../nbs/03_architecture.ipynb #b63cabe0
+# %% ../nbs/03_architecture.ipynb #6c890b44
 class ResnetBlock(nn.Module):
     "GroupNorm, SiLU, 3x3 convolution, twice, plus the input (through a 1x1 convolution where widths differ)."
 
@@ -39,7 +39,7 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
-# %% ../nbs/03_architecture.ipynb #922bc151
+# %% ../nbs/03_architecture.ipynb #a4276402
 class Downsample(nn.Conv2d):
     "Halve the sides: zero padding right and bottom, 3x3 convolution of stride 2."
 
@@ -53,7 +53,7 @@ class Upsample(nn.Conv2d):
     def __init__(self, width: int): super().__init__(width, width, 3, padding=1)
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
-# %% ../nbs/03_architecture.ipynb #49cf688d
+# %% ../nbs/03_architecture.ipynb #c15af1bc
 def level(
     width_in: int,               # channels in
     width_out: int,              # channels out
@@ -66,7 +66,7 @@ def level(
     for name, module in step.items(): stage.add_module(name, module)
     return stage
 
-# %% ../nbs/03_architecture.ipynb #7d07c177
+# %% ../nbs/03_architecture.ipynb #e9367f63
 def run(
     stage: nn.Module,  # a `level`, or the middle
     x: Tensor,         # (B, width_in, h, w)
@@ -83,7 +83,7 @@ def middle(width: int) -> nn.Module:
     stage.block_1, stage.block_2 = ResnetBlock(width, width), ResnetBlock(width, width)
     return stage
 
-# %% ../nbs/03_architecture.ipynb #a0e2c609
+# %% ../nbs/03_architecture.ipynb #aedceda7
 class Encoder(nn.Module):
     "Picture (B, 3, H, W) to latent (B, d, H/f, W/f)."
 
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
         for stage in [*self.down, self.mid]: x = run(stage, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/03_architecture.ipynb #e0ffcefb
+# %% ../nbs/03_architecture.ipynb #59af02a0
 class Decoder(nn.Module):
     "Latent (B, d, h, w) to picture (B, 3, h*f, w*f), not clamped."
 
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         for stage in reversed(self.up): x = run(stage, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/03_architecture.ipynb #3da04f20
+# %% ../nbs/03_architecture.ipynb #b00f8b7e
 class PatchDiscriminator(nn.Module):
     "Picture (B, 3, H, W) to one logit per patch (B, 1, H/8 - 2, W/8 - 2); large means real."
 
@@ -159,14 +159,14 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x)
 
-# %% ../nbs/03_architecture.ipynb #79d9bd1b
+# %% ../nbs/03_architecture.ipynb #f4a66ecb
 def our_name(
     published: str,  # "down.0.downsample.conv.conv.weight"
 ) -> str:  # "down.0.downsample.weight"
     "Leave the levels named `conv`, `norm` and `discriminator` out of a weight's name."
     return ".".join(part for part in published.split(".") if part not in ("conv", "norm", "discriminator"))
 
-# %% ../nbs/03_architecture.ipynb #f6a12b4b
+# %% ../nbs/03_architecture.ipynb #c6a479f2
 def published_names(
     model: nn.Module,  # an encoder, a decoder, a discriminator, or what holds them
 ) -> dict[str, str]:  # our name -> published name

@@ -6,7 +6,7 @@
 __all__ = ['FORESEEN', 'parse_setting', 'NotebookError', 'run_notebook', 'settle_bars', 'private_kernel_manager', 'train_command',
            'evaluate_command', 'run_command', 'describe_bits', 'describe_tokenizer', 'info_command', 'parser', 'main']
 
-# %% ../nbs/12_cli.ipynb #f3331983
+# %% ../nbs/12_cli.ipynb #0d1707e0
 import argparse
 import json
 import os
@@ -22,7 +22,7 @@ from .recipes import RECIPES, recipe
 from .tokenizer import RELEASED, BitVAE
 from .training import Interrupted, TrainingDiverged, train
 
-# %% ../nbs/12_cli.ipynb #47638d04
+# %% ../nbs/12_cli.ipynb #48f3e380
 def parse_setting(
     text: str,  # "name=value"
 ) -> tuple[str, object]:
@@ -32,7 +32,7 @@ def parse_setting(
     try: return name, json.loads(value)
     except json.JSONDecodeError: return name, value
 
-# %% ../nbs/12_cli.ipynb #c733ddab
+# %% ../nbs/12_cli.ipynb #7d1918aa
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the executed copy holds its traceback."
 
@@ -49,19 +49,23 @@ def run_notebook(
     known = papermill.inspect_notebook(str(notebook))
     if unknown := [name for name in parameters if name not in known]:
         raise ValueError(f"unknown parameter {', '.join(unknown)}: {notebook} knows {', '.join(known) or 'none'}")
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    running, failed = output.with_suffix(".running.ipynb"), output.with_suffix(".failed.ipynb")
     try:
         papermill.execute_notebook(
-            str(notebook), str(output), parameters, kernel_name="python3",
+            str(notebook), str(running), parameters, kernel_name="python3",
             progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_manager_class=private_kernel_manager(),
         )  # fmt: skip
     except PapermillExecutionError as e:
-        raise NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (all of it in {output})") from e
-    finally:
-        if Path(output).exists(): settle_bars(Path(output))
-    return Path(output)
+        os.replace(running, failed)
+        raise NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (all of it in {failed})") from e
+    settle_bars(running)
+    os.replace(running, output)
+    failed.unlink(missing_ok=True)
+    return output
 
-# %% ../nbs/12_cli.ipynb #1ff8aa2b
+# %% ../nbs/12_cli.ipynb #2127cf5a
 def settle_bars(
     notebook: Path,  # executed
 ) -> None:
@@ -71,7 +75,7 @@ def settle_bars(
         out["text"] = re.sub(r"[^\n]*\r(?!\n)", "", "".join(out["text"]))
     notebook.write_text(json.dumps(cells, indent=1) + "\n")
 
-# %% ../nbs/12_cli.ipynb #bf73ce1e
+# %% ../nbs/12_cli.ipynb #c69403d7
 def private_kernel_manager() -> type:
     "A kernel manager that uses Unix sockets instead of TCP ports, where there are any."
     from jupyter_client.manager import AsyncKernelManager
@@ -83,27 +87,29 @@ def private_kernel_manager() -> type:
 
     return PrivateKernelManager
 
-# %% ../nbs/12_cli.ipynb #43effb9e
+# %% ../nbs/12_cli.ipynb #7dbd2466
 def train_command(args: argparse.Namespace) -> None:
     "bitvae train"
     config = recipe(args.recipe, **dict(args.set))
     folder = args.folder or f"runs/{args.recipe}"
     print(f"trained: {train(config, args.images or 'bundled', folder, args.resume, args.workers)}")
 
-# %% ../nbs/12_cli.ipynb #f422c18f
+# %% ../nbs/12_cli.ipynb #88b1a8d3
 def evaluate_command(args: argparse.Namespace) -> None:
     "bitvae evaluate"
+    if args.output and not Path(args.output).parent.is_dir():
+        raise FileNotFoundError(f"cannot write {args.output}: there is no folder {Path(args.output).parent}")
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
     results = evaluate(tok, args.images or "held-out", Protocol(args.size, args.truncate))
     print(table(results))
     if args.output: print(f"written: {save_results(results, args.output)}")
 
-# %% ../nbs/12_cli.ipynb #557e95a5
+# %% ../nbs/12_cli.ipynb #4424a10b
 def run_command(args: argparse.Namespace) -> None:
     "bitvae run"
     print(f"executed: {run_notebook(args.notebook, args.output, **dict(args.set))}")
 
-# %% ../nbs/12_cli.ipynb #2c001b28
+# %% ../nbs/12_cli.ipynb #be492d2c
 def describe_bits(bits: Bits) -> str:
     "What a bits file holds, as text."
     sizes = " ".join(f"{h}x{w}" for h, w in bits.schedule[: len(bits)])
@@ -121,13 +127,13 @@ def describe_tokenizer(tok: BitVAE) -> str:
         lines.append(f"{size}x{size}: {len(schedule)} scales, {bits:,} bits, {bits / size**2:.4f} bits per pixel")
     return "\n".join(lines)
 
-# %% ../nbs/12_cli.ipynb #b3930f79
+# %% ../nbs/12_cli.ipynb #b5fe8cf9
 def info_command(args: argparse.Namespace) -> None:
     "bitvae info"
     if Path(args.what).suffix == ".bits": print(describe_bits(Bits.load(args.what)))
     else: print(describe_tokenizer(BitVAE.from_pretrained(args.what)))
 
-# %% ../nbs/12_cli.ipynb #e47fdcfb
+# %% ../nbs/12_cli.ipynb #b5f6f312
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser("bitvae", description="The bitwise visual tokenizer: an image into bits, coarse to fine, and back.")
@@ -164,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("what", help="a folder, a checkpoint, a released name, or a .bits file")
     return top
 
-# %% ../nbs/12_cli.ipynb #804e5c8d
+# %% ../nbs/12_cli.ipynb #6cf3df85
 FORESEEN = (ValueError, TypeError, OSError, ImportError, TrainingDiverged, NotebookError)
 
 
@@ -176,8 +182,8 @@ def main(
     try:
         args.does(args)
         return 0
-    except Interrupted as e:
-        print(f"bitvae: {e}", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"bitvae: {e if isinstance(e, Interrupted) else 'stopped'}", file=sys.stderr)
         return 130
     except FORESEEN as e:
         if args.debug: raise

@@ -6,7 +6,7 @@
 __all__ = ['ENDINGS', 'Source', 'open_cached', 'DataError', 'parse_line', 'read_list', 'image_files', 'fingerprint',
            'random_crop', 'shuffled', 'RandomCrops', 'StepBatches', 'batches']
 
-# %% ../nbs/06_data.ipynb #3784efb5
+# %% ../nbs/06_data.ipynb #814e5d1a
 import hashlib
 import os
 import re
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import ImageError, bundled_photographs, held_out_photographs, open_image, to_tensor
 
-# %% ../nbs/06_data.ipynb #5825d637
+# %% ../nbs/06_data.ipynb #32b756c5
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
@@ -35,24 +35,25 @@ def parse_line(
     path = re.sub(r"(\s+\d+){1,2}$", "", line.strip())
     found = next((p for p in (folder / line.strip(), folder / path) if p.is_file()), None)
     if found: return found
-    if re.search(r"\s", path):
-        raise DataError(f"expected 'path', 'path label' or 'path height width', got {line.strip()!r}")
-    raise DataError(f"no such image file: {folder / path}")
+    hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
+    raise DataError(f"no such image file: {folder / path}{hint}")
 
-# %% ../nbs/06_data.ipynb #9dd04246
+# %% ../nbs/06_data.ipynb #39829674
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> list[Path]:
     "The images of a list; raises `DataError` with the number of the line that is wrong."
     file, paths = Path(file), []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try: lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as e: raise DataError(f"{file} is no list: it is not text in UTF-8 ({e.reason} at byte {e.start})") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip(): continue
         try: paths.append(parse_line(line, file.parent))
         except DataError as e: raise DataError(f"{file} line {number}: {e}") from None
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #cd94625c
+# %% ../nbs/06_data.ipynb #eef27e72
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -62,26 +63,27 @@ def image_files(
 ) -> list[Path]:
     "All image files of a source, in a fixed order; raises `FileNotFoundError` or `DataError`."
     if not isinstance(source, str | os.PathLike):
+        if not len(source): raise DataError("no images: the list of sources is empty")
         return [file for part in source for file in image_files(part)]
     named = {"bundled": bundled_photographs, "held-out": held_out_photographs}
     if source in named: return named[source]()
     path = Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
         if not files: raise DataError(f"no images in {path}: looked for {' '.join(sorted(ENDINGS))}, in all folders below it")
         return files
     if not path.is_file():
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
 
-# %% ../nbs/06_data.ipynb #aa4dc8fb
+# %% ../nbs/06_data.ipynb #bd771e9d
 def fingerprint(
     files: Sequence[Path],
 ) -> str:  # 16 hexadecimal digits
     "Identify a data set by the names and sizes of its files, in order."
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in files).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #613fee08
+# %% ../nbs/06_data.ipynb #31c0d19d
 def random_crop(
     picture: Image.Image,      # RGB
     size: int,                 # side of the result, pixels
@@ -102,7 +104,7 @@ def random_crop(
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop)[0]
 
-# %% ../nbs/06_data.ipynb #53af19ab
+# %% ../nbs/06_data.ipynb #e1a2ace7
 open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
 
 
@@ -115,7 +117,7 @@ def shuffled(
     "The order of the images in one epoch."
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
-# %% ../nbs/06_data.ipynb #ec6f6377
+# %% ../nbs/06_data.ipynb #1396f73c
 class RandomCrops(Dataset):
     "An endless sequence of crops: item n is (3, size, size) in [-1, 1] and depends on (files, seed, n) alone."
 
@@ -139,7 +141,7 @@ class RandomCrops(Dataset):
         try: return random_crop(self.open(file), self.size, rng, *self.crop)
         except ImageError as e: raise ImageError(f"{file}: {e}") from None
 
-# %% ../nbs/06_data.ipynb #03b64318
+# %% ../nbs/06_data.ipynb #a94d5dcd
 class StepBatches:
     "The crop numbers of every step of one process."
 
@@ -153,7 +155,7 @@ class StepBatches:
             first = (step * self.processes + self.rank) * self.batch
             yield list(range(first, first + self.batch))
 
-# %% ../nbs/06_data.ipynb #2a9cbbc0
+# %% ../nbs/06_data.ipynb #a81c0388
 def batches(
     crops: Dataset,      # item n is one crop
     batch: int,          # crops per step and process, B

@@ -6,7 +6,7 @@
 __all__ = ['QUANTIZER', 'ADVERSARIAL', 'Distance', 'LECAM', 'MARGIN', 'VGG_FILE', 'generator_loss', 'discriminator_loss',
            'lpips_vgg']
 
-# %% ../nbs/05_losses.ipynb #3dcc73c5
+# %% ../nbs/05_losses.ipynb #8fb648ea
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .quantizer import Quantized
 
-# %% ../nbs/05_losses.ipynb #4f308105
+# %% ../nbs/05_losses.ipynb #db6e819e
 QUANTIZER, ADVERSARIAL = 4.0, 0.3
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of pictures to one number per pair, or to their mean
 
@@ -40,7 +40,7 @@ def generator_loss(
     loss = sum(terms.values()) + (align * distance if align else 0)
     return loss, {name: t.detach() for name, t in (terms | {"latent": distance, "loss": loss}).items()}
 
-# %% ../nbs/05_losses.ipynb #a254242c
+# %% ../nbs/05_losses.ipynb #8df329cd
 LECAM, MARGIN = 0.05, 0.1
 
 
@@ -54,7 +54,7 @@ def discriminator_loss(
     parts = {"hinge": hinge, "lecam": lecam, "logits_real": real.mean(), "logits_fake": fake.mean()}
     return hinge + LECAM * lecam, {name: p.detach() for name, p in parts.items()}
 
-# %% ../nbs/05_losses.ipynb #be0dbb9d
+# %% ../nbs/05_losses.ipynb #988530a2
 VGG_FILE = "vgg16-397923af.pth"
 
 

@@ -19,5 +19,5 @@ def pytest_unconfigure(config):
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None: return
     count = {outcome: len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
-    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
-    print(f"\n{count['passed']} passed, {count['failed'] + count['error']} failed{skipped}")
+    if count["skipped"]: print(f"\n{count['skipped']} skipped")
+    print(f"\n{count['passed']} passed, {count['failed'] + count['error']} failed")

@@ -1,5 +1,6 @@
 """What bad input gets: a message that names the thing and the remedy, and nothing lost."""
 import json
+import math
 import os
 import pickle
 import signal
@@ -19,7 +20,7 @@ from bitvae.architecture import published_names
 from bitvae.images import ImageError, bundled_photographs
 from bitvae.recipes import recipe
 from bitvae.tokenizer import RELEASED, BitVAEConfig, CheckpointError
-from bitvae.training import TrainingDiverged, read_log, train
+from bitvae.training import PIXELS, RunExistsError, TrainingDiverged, read_log, train
 
 GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
 ROOT = Path(__file__).parent.parent
@@ -158,11 +159,53 @@ def test_same_seed_same_weights(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes() != other.read_bytes()
 
 
-def test_divergence_keeps_the_last_good_checkpoint(tmp_path):
-    config = recipe("smoke", steps=200, lr=1e30, warmup=0.0, checkpoint_every=1)
-    with pytest.raises(TrainingDiverged, match=r"step \d+: loss .* is kept"): train(config, "bundled", tmp_path / "run")
+@pytest.mark.parametrize(("rate_at_step_5", "message"), [(math.nan, "step 6: the weights it left give loss nan"), (1e25, "step 6: the weights it left give loss")])
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, rate_at_step_5, message):
+    config = recipe("smoke", steps=20, checkpoint_every=1)
+    monkeypatch.setattr("bitvae.training.rate", lambda config, step: rate_at_step_5 if step == 5 else 1.0)
+    with pytest.raises(TrainingDiverged, match=f"{message}.*checkpoint.pt, from step 5, is kept"): train(config, "bundled", tmp_path / "run")
     kept = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert kept["step"] == len(read_log(tmp_path / "run" / "metrics.jsonl"))
+    assert kept["step"] == 5 and all(w.isfinite().all() for w in kept["vae"].values())
+    tok = BitVAE.from_pretrained(tmp_path / "run" / "checkpoint.pt")
+    assert tok.decode(tok.encode(load_image(bundled_photographs()[0], 32))).isfinite().all()
+
+
+def test_infinite_loss_stops_at_once(tmp_path, monkeypatch):
+    calls = iter(range(100))
+    monkeypatch.setitem(PIXELS, "mse", lambda y, x: torch.nn.functional.mse_loss(y, x) * (torch.inf if next(calls) == 5 else 1))
+    with pytest.raises(TrainingDiverged, match="step 5: loss inf"): train(recipe("smoke", steps=20), "bundled", tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 5
+
+
+def test_nothing_that_was_trained_is_written_over(tmp_path):
+    train(recipe("smoke", steps=2), "bundled", tmp_path)
+    before = (tmp_path / "tokenizer" / "model.safetensors").read_bytes()
+    for damage in (lambda: (tmp_path / "run.json").write_text("{"), lambda: (tmp_path / "run.json").unlink(),
+                   lambda: (tmp_path / "checkpoint.pt").unlink(), lambda: (tmp_path / "metrics.jsonl").unlink()):  # fmt: skip
+        damage()
+        for resume in (False, True):
+            with pytest.raises(RunExistsError, match="already holds a run"): train(recipe("smoke", steps=3, seed=9), "bundled", tmp_path, resume)
+    assert (tmp_path / "tokenizer" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"hello world", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(300)])
+@pytest.mark.parametrize("suffix", ["pth", "ckpt", "safetensors"])
+def test_no_checkpoint_at_all(tmp_path, content, suffix):
+    (tmp_path / f"x.{suffix}").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"x.{suffix}"): BitVAE.from_pretrained(tmp_path / f"x.{suffix}")
+
+
+def test_damaged_checkpoints_name_the_file_or_load(tmp_path, weights):
+    rng = np.random.default_rng(0)
+    torch.save({"vae": weights}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    for n in range(40):
+        bad = bytearray(whole[: len(whole) if n % 2 else int(rng.integers(len(whole)))])
+        for at in rng.integers(min(len(bad), 3000), size=20): bad[at] ^= 1 << int(rng.integers(8))
+        (tmp_path / "bad.pth").write_bytes(bad)
+        try: BitVAE.from_pretrained(tmp_path / "bad.pth")
+        except CheckpointError as e: assert "bad.pth" in str(e)
 
 
 def wait_for_steps(run, process, steps, seconds=120):
@@ -180,7 +223,7 @@ def test_stopped_and_resumed_is_as_never_stopped(tmp_path, sent, code):
     process.send_signal(sent)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
-    if code == 130: assert "checkpoint.pt is kept, resume=True goes on" in said
+    if code == 130: assert "checkpoint.pt is kept, resume=True (--resume) goes on" in said
     assert (tmp_path / "run" / "checkpoint.pt").exists() and not (tmp_path / "run" / "tokenizer").exists()
     subprocess.run([*arguments, tmp_path / "run", "--resume"], check=True, capture_output=True)
     whole = train(recipe("smoke", steps=30, checkpoint_every=5), "bundled", tmp_path / "whole")

@@ -22,6 +22,8 @@ def main() -> None:
     show = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
     if (folder / "tokenizer" / "config.json").exists():
+        trained = json.loads((folder / "run.json").read_text())["config"]["name"]
+        if trained != args.recipe: sys.exit(f"{show} holds a run of recipe {trained!r}, not {args.recipe!r}: choose another --folder")
         print(f"{show} holds a finished run: it is not trained again, only evaluated. To train anew: rm -r {show}")
     else:
         if (folder / "run.json").exists(): print(f"{show} holds an unfinished run: it goes on where it stopped. To begin anew: rm -r {show}")
