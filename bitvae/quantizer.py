@@ -7,7 +7,7 @@ __all__ = ['TEMPERATURE', 'COMMITMENT', 'ENTROPY', 'codes', 'straight_through', 
            'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'latent_from_bits', 'bits_of',
            'draw_kept', 'MultiScaleBSQ']
 
-# %% ../nbs/02_quantizer.ipynb #ef8507bd
+# %% ../nbs/02_quantizer.ipynb #671e4708
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,21 +20,21 @@ from torch.nn import functional as F
 
 from .bits import Bits, Size, scale_schedule
 
-# %% ../nbs/02_quantizer.ipynb #ad1bf620
+# %% ../nbs/02_quantizer.ipynb #5ef7cce5
 def codes(
     positive: Tensor,  # bool, channels in dim 1: (B, d, ...)
 ) -> Tensor:  # the same shape, float32, each vector of length 1
-    "The corner of the hypercube on the unit sphere that the bits name (BSQ, eq. 4)."
+    "The corner of the hypercube on the unit sphere that the bits name (BSQ, arXiv 2406.07548)."
     return (positive.float() * 2 - 1) / math.sqrt(positive.shape[1])
 
-# %% ../nbs/02_quantizer.ipynb #d6b7ce69
+# %% ../nbs/02_quantizer.ipynb #a96119d2
 def straight_through(
     v: Tensor,  # unit vectors (B, d, ...)
 ) -> Tensor:  # the codes, with the gradient of v
     "Quantize forward, copy the gradient backward."
     return v + (codes(v > 0) - v).detach()
 
-# %% ../nbs/02_quantizer.ipynb #c571d97d
+# %% ../nbs/02_quantizer.ipynb #806c7b38
 TEMPERATURE = 100.0    # inverse temperature T of the soft bits
 COMMITMENT = 0.25      # weight of the commitment term
 ENTROPY = 0.1          # weight of the entropy penalty
@@ -44,7 +44,7 @@ def binary_entropy(p: Tensor) -> Tensor:
     "Entropy in nats of a bit that is 1 with probability p."
     return -p * torch.log(p + 1e-8) - (1 - p) * torch.log(1 - p + 1e-8)
 
-# %% ../nbs/02_quantizer.ipynb #9576165f
+# %% ../nbs/02_quantizer.ipynb #232b09de
 def over_ranks(
     mean: Tensor,  # this process's mean
 ) -> Tensor:  # the mean over all processes, with the gradient of this one's
@@ -55,7 +55,7 @@ def over_ranks(
     dist.all_reduce(total)
     return mean + (total / dist.get_world_size() - mean).detach()
 
-# %% ../nbs/02_quantizer.ipynb #cbf2dede
+# %% ../nbs/02_quantizer.ipynb #65128f35
 class ScaleLoss(NamedTuple):
     "The loss of one scale and its parts, scalars."
 
@@ -68,14 +68,14 @@ class ScaleLoss(NamedTuple):
 def scale_loss(
     v: Tensor,  # unit vectors (B, d, h_k, w_k)
 ) -> ScaleLoss:
-    "Commitment and entropy penalty of one scale (BSQ, eq. 7 and 8; Infinity's weights)."
+    "Commitment and entropy penalty of one scale (BSQ, arXiv 2406.07548, with Infinity's weights)."
     commitment = F.mse_loss(v, codes(v > 0))
     p = torch.sigmoid(-4 * TEMPERATURE / math.sqrt(v.shape[1]) * v)
     sample = binary_entropy(p).sum(1).mean()
     batch = binary_entropy(over_ranks(p.mean(dim=(0, 2, 3)))).sum()
     return ScaleLoss(COMMITMENT * commitment + ENTROPY * (sample - batch) / TEMPERATURE, commitment, sample, batch)
 
-# %% ../nbs/02_quantizer.ipynb #12ad6780
+# %% ../nbs/02_quantizer.ipynb #aae6b42c
 def area_resize(
     r: Tensor,   # residual (B, d, h, w)
     size: Size,  # (h_k, w_k)
@@ -91,7 +91,7 @@ def enlarge(
     "Spread one scale over the full latent; the identity where it already fits."
     return q if q.shape[-2:] == size else F.interpolate(q, size=size, mode="bilinear", align_corners=False)
 
-# %% ../nbs/02_quantizer.ipynb #256f5d9a
+# %% ../nbs/02_quantizer.ipynb #f70dfed2
 class Quantized(NamedTuple):
     "What `MultiScaleBSQ` makes of a latent."
 
@@ -99,7 +99,7 @@ class Quantized(NamedTuple):
     bits: Bits      # one plane per kept scale
     losses: Tensor  # (kept scales,); zeros in eval mode
 
-# %% ../nbs/02_quantizer.ipynb #e1e98b4a
+# %% ../nbs/02_quantizer.ipynb #521b9abe
 def residual_pyramid(
     z: Tensor,                # latent (B, d, h, w), float32
     schedule: Sequence[Size], # the scales to use
@@ -115,7 +115,7 @@ def residual_pyramid(
         vs.append(v)
     return out, vs
 
-# %% ../nbs/02_quantizer.ipynb #0d2cc693
+# %% ../nbs/02_quantizer.ipynb #86cd701e
 def latent_from_bits(
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # quantized latent (B, d, h, w), float32
@@ -123,7 +123,7 @@ def latent_from_bits(
     planes = (codes(rearrange(p, "B h w d -> B d h w")) for p in bits)
     return sum(enlarge(q, bits.latent_size) for q in planes)
 
-# %% ../nbs/02_quantizer.ipynb #20fd198f
+# %% ../nbs/02_quantizer.ipynb #646c873c
 def bits_of(
     vs: Sequence[Tensor],      # unit vectors of each scale (B, d, h_k, w_k)
     schedule: Sequence[Size],  # their sizes
@@ -132,7 +132,7 @@ def bits_of(
     "The signs of all scales as bit planes."
     return Bits([rearrange(v > 0, "B d h w -> B h w d") for v in vs], schedule, latent_size)
 
-# %% ../nbs/02_quantizer.ipynb #c25a0196
+# %% ../nbs/02_quantizer.ipynb #e07ae97c
 def draw_kept(
     scales: int,       # K
     drop_rate: float,  # probability of dropping each
@@ -143,9 +143,9 @@ def draw_kept(
     if keep_last or not any(keep): keep[-1] = True
     return keep
 
-# %% ../nbs/02_quantizer.ipynb #ed56e857
+# %% ../nbs/02_quantizer.ipynb #40b22ea8
 class MultiScaleBSQ(nn.Module):
-    "Multi-scale binary spherical quantization of a latent (Infinity, section 3.2)."
+    "Multi-scale binary spherical quantization of a latent (Infinity, arXiv 2412.04431)."
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', '
            'config_from_weights', 'short', 'build', 'weights_folder', 'fetch', 'save_tokenizer', 'read_config',
            'inferred_config', 'load_tokenizer']
 
-# %% ../nbs/04_tokenizer.ipynb #696eb8cd
+# %% ../nbs/04_tokenizer.ipynb #5cdbe908
 import json
 import os
 import pickle
@@ -29,7 +29,7 @@ from .bits import Bits, scale_schedule
 from .images import replacing
 from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
 
-# %% ../nbs/04_tokenizer.ipynb #b3a87f5c
+# %% ../nbs/04_tokenizer.ipynb #071c569f
 def check_types(
     config: object,  # a dataclass
 ) -> None:
@@ -41,7 +41,7 @@ def check_types(
         if not fits or (type(value) is tuple and any(type(v) is not int for v in value)):
             raise TypeError(f"{name} must be {kind.__name__ if type(kind) is type else kind}, got {value!r}")
 
-# %% ../nbs/04_tokenizer.ipynb #4f5fdcbc
+# %% ../nbs/04_tokenizer.ipynb #a82f407f
 @dataclass(frozen=True)
 class BitVAEConfig:
     "What a tokenizer is: the shape of its networks and its schedule."
@@ -67,7 +67,7 @@ class BitVAEConfig:
         for m in self.multipliers: group_norm(self.channels * m)
         scale_schedule(16, 16, self.mode)
 
-# %% ../nbs/04_tokenizer.ipynb #68e127c5
+# %% ../nbs/04_tokenizer.ipynb #eafd1e60
 def config_from_dict(
     values: Mapping,  # parsed JSON
 ) -> BitVAEConfig:
@@ -78,7 +78,7 @@ def config_from_dict(
         raise ValueError(f"unknown configuration keys {', '.join(unknown)}: known are {', '.join(known)}")
     return BitVAEConfig(**values)
 
-# %% ../nbs/04_tokenizer.ipynb #de5ffc61
+# %% ../nbs/04_tokenizer.ipynb #253c56f4
 def pad_to_stride(
     x: Tensor,    # (B, 3, H, W)
     stride: int,  # f
@@ -87,7 +87,7 @@ def pad_to_stride(
     H, W = x.shape[-2:]
     return F.pad(x, (0, -W % stride, 0, -H % stride), mode="replicate") if H % stride or W % stride else x
 
-# %% ../nbs/04_tokenizer.ipynb #096c079b
+# %% ../nbs/04_tokenizer.ipynb #301a2dcd
 def check_pictures(
     x: Tensor,  # (B, 3, H, W) in [-1, 1]
 ) -> None:
@@ -97,7 +97,7 @@ def check_pictures(
     if not (peak := x.detach().abs().amax().item()) <= 8:
         raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
-# %% ../nbs/04_tokenizer.ipynb #7b8f9c62
+# %% ../nbs/04_tokenizer.ipynb #01c2ab7d
 class BitVAE(nn.Module):
     "A bitwise visual tokenizer: encoder, multi-scale BSQ, decoder (Infinity, arXiv 2412.04431)."
 
@@ -136,7 +136,7 @@ class BitVAE(nn.Module):
     device = property(lambda self: self.encoder.conv_in.weight.device, doc="Where the weights live.")
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
-# %% ../nbs/04_tokenizer.ipynb #a772561e
+# %% ../nbs/04_tokenizer.ipynb #09e7af71
 @torch.inference_mode()
 def encode(
     tok: BitVAE,
@@ -150,7 +150,7 @@ def encode(
     bits = tok.quantizer(z, keep).bits.to(x.device)
     return replace(bits, image_size=tuple(x.shape[-2:]))
 
-# %% ../nbs/04_tokenizer.ipynb #618a5806
+# %% ../nbs/04_tokenizer.ipynb #c2c94e53
 @torch.inference_mode()
 def decode(
     tok: BitVAE,
@@ -166,7 +166,7 @@ def decode(
     y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype)).clamp(-1, 1)
     return y[..., :H, :W].to(bits.device)
 
-# %% ../nbs/04_tokenizer.ipynb #21166f38
+# %% ../nbs/04_tokenizer.ipynb #d9a36027
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and what does not fit."
 
@@ -187,7 +187,7 @@ def read_weights(
     if not isinstance(checkpoint, Mapping): raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not named weights")
     return checkpoint
 
-# %% ../nbs/04_tokenizer.ipynb #5826fd90
+# %% ../nbs/04_tokenizer.ipynb #a935f84c
 IGNORED = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
 
 
@@ -203,7 +203,7 @@ def tokenizer_weights(
         weights = {name.removeprefix("vae.").removeprefix("module."): w for name, w in nested.items()}
     return {our_name(name): w for name, w in weights.items() if not name.startswith(IGNORED)}
 
-# %% ../nbs/04_tokenizer.ipynb #f7e42c6c
+# %% ../nbs/04_tokenizer.ipynb #3c2a9232
 def config_from_weights(
     weights: Mapping[str, Tensor],  # our names
 ) -> BitVAEConfig:
@@ -229,7 +229,7 @@ def short(
     names = list(names)
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/04_tokenizer.ipynb #a2549210
+# %% ../nbs/04_tokenizer.ipynb #82d02ed2
 def build(
     cls: type[BitVAE],
     config: BitVAEConfig,
@@ -246,7 +246,7 @@ def build(
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
     return tok.eval()
 
-# %% ../nbs/04_tokenizer.ipynb #80d7ea93
+# %% ../nbs/04_tokenizer.ipynb #677df231
 RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64", "infinity_vae_d32reg")
 REPOSITORY = "FoundationVision/Infinity"
 
@@ -255,7 +255,7 @@ def weights_folder() -> Path:
     "Where files fetched by hand are looked for: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
 
-# %% ../nbs/04_tokenizer.ipynb #8ca08503
+# %% ../nbs/04_tokenizer.ipynb #af657d18
 def fetch(
     name: str,  # one of `RELEASED`
 ) -> Path:
@@ -270,7 +270,7 @@ def fetch(
         raise ConnectionError(f"cannot download {name}.pth: fetch it from the Hugging Face repository {REPOSITORY} on a machine with "
                               f"network and put it at {by_hand}, or pass its path ({type(e).__name__})") from e  # fmt: skip
 
-# %% ../nbs/04_tokenizer.ipynb #13b743fb
+# %% ../nbs/04_tokenizer.ipynb #185e290a
 def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
@@ -283,7 +283,7 @@ def save_tokenizer(
     with replacing(folder / "config.json") as part: part.write_text(json.dumps(asdict(tok.config), indent=1) + "\n")
     return folder
 
-# %% ../nbs/04_tokenizer.ipynb #a11b6309
+# %% ../nbs/04_tokenizer.ipynb #6b0a8a1a
 def read_config(file: Path) -> BitVAEConfig:
     "Read config.json; raises `CheckpointError`."
     try:
@@ -291,7 +291,7 @@ def read_config(file: Path) -> BitVAEConfig:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
 
-# %% ../nbs/04_tokenizer.ipynb #9d7a1f27
+# %% ../nbs/04_tokenizer.ipynb #3d75dbaa
 def inferred_config(weights: Mapping[str, Tensor], file: Path) -> BitVAEConfig:
     "The configuration in the shapes; raises `CheckpointError` with the file's name."
     try: return config_from_weights(weights)
