@@ -8,7 +8,7 @@ __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', '
            'config_from_weights', 'short', 'build', 'weights_folder', 'fetch', 'save_tokenizer', 'read_config',
            'inferred_config', 'load_tokenizer']
 
-# %% ../nbs/04_tokenizer.ipynb #5cdbe908
+# %% ../nbs/04_tokenizer.ipynb #2c1497c1
 import json
 import os
 import pickle
@@ -29,7 +29,7 @@ from .bits import Bits, scale_schedule
 from .images import replacing
 from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
 
-# %% ../nbs/04_tokenizer.ipynb #071c569f
+# %% ../nbs/04_tokenizer.ipynb #8edcbcb1
 def check_types(
     config: object,  # a dataclass
 ) -> None:
@@ -41,7 +41,7 @@ def check_types(
         if not fits or (type(value) is tuple and any(type(v) is not int for v in value)):
             raise TypeError(f"{name} must be {kind.__name__ if type(kind) is type else kind}, got {value!r}")
 
-# %% ../nbs/04_tokenizer.ipynb #a82f407f
+# %% ../nbs/04_tokenizer.ipynb #fcee6b26
 @dataclass(frozen=True)
 class BitVAEConfig:
     "What a tokenizer is: the shape of its networks and its schedule."
@@ -67,7 +67,7 @@ class BitVAEConfig:
         for m in self.multipliers: group_norm(self.channels * m)
         scale_schedule(16, 16, self.mode)
 
-# %% ../nbs/04_tokenizer.ipynb #eafd1e60
+# %% ../nbs/04_tokenizer.ipynb #c8921030
 def config_from_dict(
     values: Mapping,  # parsed JSON
 ) -> BitVAEConfig:
@@ -78,7 +78,7 @@ def config_from_dict(
         raise ValueError(f"unknown configuration keys {', '.join(unknown)}: known are {', '.join(known)}")
     return BitVAEConfig(**values)
 
-# %% ../nbs/04_tokenizer.ipynb #253c56f4
+# %% ../nbs/04_tokenizer.ipynb #286d2387
 def pad_to_stride(
     x: Tensor,    # (B, 3, H, W)
     stride: int,  # f
@@ -87,7 +87,7 @@ def pad_to_stride(
     H, W = x.shape[-2:]
     return F.pad(x, (0, -W % stride, 0, -H % stride), mode="replicate") if H % stride or W % stride else x
 
-# %% ../nbs/04_tokenizer.ipynb #301a2dcd
+# %% ../nbs/04_tokenizer.ipynb #c3905a16
 def check_pictures(
     x: Tensor,  # (B, 3, H, W) in [-1, 1]
 ) -> None:
@@ -97,7 +97,7 @@ def check_pictures(
     if not (peak := x.detach().abs().amax().item()) <= 8:
         raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
-# %% ../nbs/04_tokenizer.ipynb #01c2ab7d
+# %% ../nbs/04_tokenizer.ipynb #5cef6b6e
 class BitVAE(nn.Module):
     "A bitwise visual tokenizer: encoder, multi-scale BSQ, decoder (Infinity, arXiv 2412.04431)."
 
@@ -136,22 +136,22 @@ class BitVAE(nn.Module):
     device = property(lambda self: self.encoder.conv_in.weight.device, doc="Where the weights live.")
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
-# %% ../nbs/04_tokenizer.ipynb #09e7af71
-@torch.inference_mode()
+# %% ../nbs/04_tokenizer.ipynb #ca58b220
 def encode(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
 ) -> Bits:
     "The bits of all scales, in training and eval mode alike; raises `ValueError` for what is no picture."
     check_pictures(x)
-    z = tok.encoder(pad_to_stride(x.to(tok.device, tok.dtype), tok.config.stride))
-    if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
-    keep = [True] * len(scale_schedule(*z.shape[-2:], tok.quantizer.mode))
-    bits = tok.quantizer(z, keep).bits.to(x.device)
-    return replace(bits, image_size=tuple(x.shape[-2:]))
+    with torch.inference_mode():
+        z = tok.encoder(pad_to_stride(x.to(tok.device, tok.dtype), tok.config.stride))
+        if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
+        keep = [True] * len(scale_schedule(*z.shape[-2:], tok.quantizer.mode))
+        bits = tok.quantizer(z, keep).bits
+    planes = tuple(p.to(x.device, copy=True) for p in bits)  # ordinary tensors again, which may be edited and trained on
+    return replace(bits, planes=planes, image_size=tuple(x.shape[-2:]))
 
-# %% ../nbs/04_tokenizer.ipynb #c2c94e53
-@torch.inference_mode()
+# %% ../nbs/04_tokenizer.ipynb #3be41866
 def decode(
     tok: BitVAE,
     bits: Bits,  # all scales or a prefix
@@ -163,10 +163,11 @@ def decode(
     H, W = bits.image_size or (h * f, w * f)
     if (-(-H // f), -(-W // f)) != (h, w):
         raise ValueError(f"{h}x{w} tokens do not describe {H}x{W} pixels at stride {f}: the bits come from another tokenizer")
-    y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype)).clamp(-1, 1)
-    return y[..., :H, :W].to(bits.device)
+    with torch.inference_mode():
+        y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype)).clamp(-1, 1)
+    return y[..., :H, :W].to(bits.device, copy=True)
 
-# %% ../nbs/04_tokenizer.ipynb #d9a36027
+# %% ../nbs/04_tokenizer.ipynb #c91fffb5
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and what does not fit."
 
@@ -187,7 +188,7 @@ def read_weights(
     if not isinstance(checkpoint, Mapping): raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not named weights")
     return checkpoint
 
-# %% ../nbs/04_tokenizer.ipynb #a935f84c
+# %% ../nbs/04_tokenizer.ipynb #b2a8e7dc
 IGNORED = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
 
 
@@ -203,7 +204,7 @@ def tokenizer_weights(
         weights = {name.removeprefix("vae.").removeprefix("module."): w for name, w in nested.items()}
     return {our_name(name): w for name, w in weights.items() if not name.startswith(IGNORED)}
 
-# %% ../nbs/04_tokenizer.ipynb #3c2a9232
+# %% ../nbs/04_tokenizer.ipynb #8e321b95
 def config_from_weights(
     weights: Mapping[str, Tensor],  # our names
 ) -> BitVAEConfig:
@@ -229,7 +230,7 @@ def short(
     names = list(names)
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/04_tokenizer.ipynb #82d02ed2
+# %% ../nbs/04_tokenizer.ipynb #a7e6fead
 def build(
     cls: type[BitVAE],
     config: BitVAEConfig,
@@ -246,7 +247,7 @@ def build(
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
     return tok.eval()
 
-# %% ../nbs/04_tokenizer.ipynb #677df231
+# %% ../nbs/04_tokenizer.ipynb #9acbf916
 RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64", "infinity_vae_d32reg")
 REPOSITORY = "FoundationVision/Infinity"
 
@@ -255,7 +256,7 @@ def weights_folder() -> Path:
     "Where files fetched by hand are looked for: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
 
-# %% ../nbs/04_tokenizer.ipynb #af657d18
+# %% ../nbs/04_tokenizer.ipynb #f33c941d
 def fetch(
     name: str,  # one of `RELEASED`
 ) -> Path:
@@ -270,7 +271,7 @@ def fetch(
         raise ConnectionError(f"cannot download {name}.pth: fetch it from the Hugging Face repository {REPOSITORY} on a machine with "
                               f"network and put it at {by_hand}, or pass its path ({type(e).__name__})") from e  # fmt: skip
 
-# %% ../nbs/04_tokenizer.ipynb #185e290a
+# %% ../nbs/04_tokenizer.ipynb #e365ce75
 def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
@@ -283,7 +284,7 @@ def save_tokenizer(
     with replacing(folder / "config.json") as part: part.write_text(json.dumps(asdict(tok.config), indent=1) + "\n")
     return folder
 
-# %% ../nbs/04_tokenizer.ipynb #6b0a8a1a
+# %% ../nbs/04_tokenizer.ipynb #7190e3a1
 def read_config(file: Path) -> BitVAEConfig:
     "Read config.json; raises `CheckpointError`."
     try:
@@ -291,7 +292,7 @@ def read_config(file: Path) -> BitVAEConfig:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
 
-# %% ../nbs/04_tokenizer.ipynb #3d75dbaa
+# %% ../nbs/04_tokenizer.ipynb #ced8ca73
 def inferred_config(weights: Mapping[str, Tensor], file: Path) -> BitVAEConfig:
     "The configuration in the shapes; raises `CheckpointError` with the file's name."
     try: return config_from_weights(weights)
