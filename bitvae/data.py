@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Source', 'open_cached', 'DataError', 'parse_line', 'read_list', 'image_files', 'fingerprint',
-           'random_crop', 'shuffled', 'RandomCrops', 'StepBatches', 'batches']
+           'random_crop', 'check_sizes', 'shuffled', 'RandomCrops', 'StepBatches', 'batches']
 
-# %% ../nbs/06_data.ipynb #814e5d1a
+# %% ../nbs/06_data.ipynb #2770f330
 import hashlib
 import os
 import re
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import ImageError, bundled_photographs, held_out_photographs, open_image, to_tensor
 
-# %% ../nbs/06_data.ipynb #32b756c5
+# %% ../nbs/06_data.ipynb #beba0368
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
@@ -38,7 +38,7 @@ def parse_line(
     hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
     raise DataError(f"no such image file: {folder / path}{hint}")
 
-# %% ../nbs/06_data.ipynb #39829674
+# %% ../nbs/06_data.ipynb #412ab128
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> list[Path]:
@@ -53,7 +53,7 @@ def read_list(
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #eef27e72
+# %% ../nbs/06_data.ipynb #b3697e7a
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -76,14 +76,14 @@ def image_files(
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
 
-# %% ../nbs/06_data.ipynb #bd771e9d
+# %% ../nbs/06_data.ipynb #ec4d43f3
 def fingerprint(
     files: Sequence[Path],
 ) -> str:  # 16 hexadecimal digits
     "Identify a data set by the names and sizes of its files, in order."
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in files).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #31c0d19d
+# %% ../nbs/06_data.ipynb #9c4eb235
 def random_crop(
     picture: Image.Image,      # RGB
     size: int,                 # side of the result, pixels
@@ -96,7 +96,7 @@ def random_crop(
     short = min(picture.size)
     if short < size and not upscale:
         raise ImageError(f"a picture of {picture.width}x{picture.height} is smaller than the crop of {size}x{size}: "
-                         "remove it, take smaller crops, or set upscale=True")  # fmt: skip
+                         "remove it, take smaller crops, or set upscale=true")  # fmt: skip
     zoom = min(max_zoom, max(1, short / size)) ** rng.random()
     side = short / (1 if rng.random() < whole else zoom)
     left, top = (rng.random() * (n - side) for n in picture.size)
@@ -104,7 +104,20 @@ def random_crop(
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop)[0]
 
-# %% ../nbs/06_data.ipynb #e1a2ace7
+# %% ../nbs/06_data.ipynb #859b037e
+def check_sizes(
+    files: Sequence[Path],
+    size: int,  # side of the crop, pixels
+) -> None:
+    "Raise `ImageError` for the first picture smaller than the crop, or that is none; reads no pixels."
+    for file in files:
+        try:
+            with Image.open(file) as picture: w, h = picture.size
+        except (OSError, ValueError, SyntaxError) as e: raise ImageError(f"{file} is not an image that can be read: remove or replace it ({e})") from None
+        if min(w, h) < size: raise ImageError(f"{file}: a picture of {w}x{h} is smaller than the crop of {size}x{size}: "
+                                              "remove it, take smaller crops, or set upscale=true")  # fmt: skip
+
+# %% ../nbs/06_data.ipynb #d24e517a
 open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
 
 
@@ -117,7 +130,7 @@ def shuffled(
     "The order of the images in one epoch."
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
-# %% ../nbs/06_data.ipynb #1396f73c
+# %% ../nbs/06_data.ipynb #30133637
 class RandomCrops(Dataset):
     "An endless sequence of crops: item n is (3, size, size) in [-1, 1] and depends on (files, seed, n) alone."
 
@@ -141,7 +154,7 @@ class RandomCrops(Dataset):
         try: return random_crop(self.open(file), self.size, rng, *self.crop)
         except ImageError as e: raise ImageError(f"{file}: {e}") from None
 
-# %% ../nbs/06_data.ipynb #a94d5dcd
+# %% ../nbs/06_data.ipynb #6346cc7b
 class StepBatches:
     "The crop numbers of every step of one process."
 
@@ -155,7 +168,7 @@ class StepBatches:
             first = (step * self.processes + self.rank) * self.batch
             yield list(range(first, first + self.batch))
 
-# %% ../nbs/06_data.ipynb #a81c0388
+# %% ../nbs/06_data.ipynb #d22c74c1
 def batches(
     crops: Dataset,      # item n is one crop
     batch: int,          # crops per step and process, B

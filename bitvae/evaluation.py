@@ -6,7 +6,7 @@
 __all__ = ['THUMBNAILS', 'psnr', 'ssim', 'thumbnail', 'prefixes', 'plot_progressive', 'Protocol', 'score', 'score_batch',
            'evaluate', 'table', 'plain', 'save_results', 'plot_quality']
 
-# %% ../nbs/09_evaluation.ipynb #76a605d8
+# %% ../nbs/09_evaluation.ipynb #e024011a
 import json
 import math
 import os
@@ -24,7 +24,7 @@ from .data import Source, fingerprint, image_files
 from .images import load_image, show_images, to_uint8
 from .tokenizer import BitVAE
 
-# %% ../nbs/09_evaluation.ipynb #3f9ce12a
+# %% ../nbs/09_evaluation.ipynb #9b01b313
 def psnr(
     x: Tensor,               # pictures (B, 3, H, W) in [-1, 1]
     y: Tensor,               # reconstructions, the same shape; clamped to [-1, 1]
@@ -36,7 +36,7 @@ def psnr(
     a, b = (to_uint8(t, truncate).double() / 255 for t in (x, y))
     return -10 * torch.log10((a - b).square().mean(dim=(1, 2, 3)))
 
-# %% ../nbs/09_evaluation.ipynb #814a63ad
+# %% ../nbs/09_evaluation.ipynb #5870220e
 def ssim(
     x: Tensor,               # pictures (B, 3, H, W) in [-1, 1], sides of at least 7 pixels
     y: Tensor,               # reconstructions, the same shape; clamped to [-1, 1]
@@ -49,7 +49,7 @@ def ssim(
     pairs = zip(*(to_uint8(t, truncate).permute(0, 2, 3, 1).cpu().numpy() / 255 for t in (x, y)), strict=True)
     return torch.tensor([structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs], dtype=torch.float64)
 
-# %% ../nbs/09_evaluation.ipynb #5fa006c6
+# %% ../nbs/09_evaluation.ipynb #cd52a242
 THUMBNAILS = (1, 2, 4, 8)
 
 
@@ -62,7 +62,7 @@ def thumbnail(
     small = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
     return F.interpolate(small.clamp(-1, 1), size=x.shape[-2:], mode="bicubic").clamp(-1, 1)
 
-# %% ../nbs/09_evaluation.ipynb #8a288323
+# %% ../nbs/09_evaluation.ipynb #013227dd
 def prefixes(
     tok: BitVAE,
     bits: Bits,
@@ -70,7 +70,7 @@ def prefixes(
     "Decode every prefix of the scales, coarse to fine."
     for k in range(1, len(bits) + 1): yield bits[:k], tok.decode(bits[:k])
 
-# %% ../nbs/09_evaluation.ipynb #f0a328ed
+# %% ../nbs/09_evaluation.ipynb #7f6cae06
 def plot_progressive(
     tok: BitVAE,
     x: Tensor,             # pictures (B, 3, H, W) in [-1, 1]
@@ -81,12 +81,12 @@ def plot_progressive(
     columns = [(x, ["original"] * len(x))]
     for part, y in prefixes(tok, bits):
         h, w = part.schedule[len(part) - 1]
-        columns.append((y, [f"+ {h}x{w}: {p:.1f} dB" for p in psnr(x, y)]))
+        columns.append((y, [f"+ {h}x{w}\n{p:.1f} dB" for p in psnr(x, y)]))
     pictures = [picture[i] for i in range(len(x)) for picture, _ in columns]
     titles = [title[i] for i in range(len(x)) for _, title in columns]
     return show_images(pictures, titles, columns=len(columns), width=width)
 
-# %% ../nbs/09_evaluation.ipynb #4e0e760c
+# %% ../nbs/09_evaluation.ipynb #2874a6af
 @dataclass(frozen=True)
 class Protocol:
     "How numbers are taken; stored with every result."
@@ -97,7 +97,7 @@ class Protocol:
     def __post_init__(self):
         if self.size < 7: raise ValueError(f"size must be at least 7 pixels, for SSIM's window, got {self.size}")
 
-# %% ../nbs/09_evaluation.ipynb #043b9ed3
+# %% ../nbs/09_evaluation.ipynb #24322d2d
 def score(
     x: Tensor,  # (B, 3, H, W)
     y: Tensor,  # the same shape
@@ -106,7 +106,7 @@ def score(
     "All metrics of every pair."
     return {"psnr": psnr(x, y, protocol.truncate).tolist(), "ssim": ssim(x, y, protocol.truncate).tolist()}
 
-# %% ../nbs/09_evaluation.ipynb #523e3b3f
+# %% ../nbs/09_evaluation.ipynb #f3903bea
 def score_batch(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W)
@@ -123,7 +123,7 @@ def score_batch(
         rows[f"{len(part)} scale{'s' * (len(part) > 1)}"] = facts, score(x, y, protocol) | ones
     return rows
 
-# %% ../nbs/09_evaluation.ipynb #841a8f4c
+# %% ../nbs/09_evaluation.ipynb #8439ffd0
 def evaluate(
     tok: BitVAE,
     images: Source = "held-out",          # see `image_files`
@@ -143,7 +143,7 @@ def evaluate(
     facts = {"protocol": asdict(protocol), "tokenizer": asdict(tok.config), "images": [f.name for f in files]}
     return facts | {"fingerprint": fingerprint(files), "rows": rows}
 
-# %% ../nbs/09_evaluation.ipynb #b576f8d5
+# %% ../nbs/09_evaluation.ipynb #086609ba
 def table(
     results: dict,  # from `evaluate`
 ) -> str:
@@ -155,7 +155,7 @@ def table(
         lines.append(f"{name:16}{facts}{r['psnr']:>10.2f}{r['ssim']:>8.3f}")
     return "\n".join(lines)
 
-# %% ../nbs/09_evaluation.ipynb #20a0bf18
+# %% ../nbs/09_evaluation.ipynb #3cbe5de2
 def plain(value: object) -> object:
     "Replace numbers that JSON does not have by their names."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
@@ -168,7 +168,7 @@ def save_results(results: dict, file: str | os.PathLike) -> Path:
     with replacing(file) as part: part.write_text(json.dumps(plain(results), indent=1, allow_nan=False) + "\n")
     return Path(file)
 
-# %% ../nbs/09_evaluation.ipynb #58d5da5a
+# %% ../nbs/09_evaluation.ipynb #1c6bf9dc
 def plot_quality(
     results: dict,  # from `evaluate`
 ):  # a matplotlib Figure

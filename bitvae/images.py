@@ -6,7 +6,7 @@
 __all__ = ['HELD_OUT', 'ImageError', 'from_deep_grey', 'to_rgb', 'open_image', 'to_tensor', 'to_uint8', 'to_image', 'center_crop',
            'load_image', 'replacing', 'save_image', 'show_images', 'bundled_photographs', 'held_out_photographs']
 
-# %% ../nbs/00_images.ipynb #7837fc23
+# %% ../nbs/00_images.ipynb #de5ba5f3
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../nbs/00_images.ipynb #2c0bfdeb
+# %% ../nbs/00_images.ipynb #771305fb
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file, what is wrong, and what to do."
 
@@ -47,11 +47,13 @@ def to_rgb(
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
 
-# %% ../nbs/00_images.ipynb #92a7fd89
+# %% ../nbs/00_images.ipynb #e1aa822b
 def open_image(
-    file: str | os.PathLike,  # any file Pillow reads
+    file: str | os.PathLike | Image.Image,  # any file Pillow reads, or a picture that is open already
 ) -> Image.Image:  # upright 8-bit RGB, fully decoded
     "Read a picture completely; raises `FileNotFoundError`, or `ImageError` for what is no whole picture."
+    if isinstance(file, Image.Image): return to_rgb(file)
+    file = Path(file).expanduser() if isinstance(file, str) else file
     try:
         with Image.open(file) as picture:
             return to_rgb(picture)
@@ -70,7 +72,7 @@ def open_image(
     except (OSError, SyntaxError, ValueError) as e:
         raise ImageError(f"{file} cannot be decoded ({e}): it is truncated or damaged; fetch it again or remove it") from e
 
-# %% ../nbs/00_images.ipynb #027ced4d
+# %% ../nbs/00_images.ipynb #14275f81
 def to_tensor(
     picture: Image.Image,  # mode RGB
 ) -> Tensor:  # (1, 3, H, W), float32 in [-1, 1]
@@ -78,7 +80,7 @@ def to_tensor(
     pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
     return pixels.permute(2, 0, 1)[None].contiguous() / 127.5 - 1
 
-# %% ../nbs/00_images.ipynb #57e3a77b
+# %% ../nbs/00_images.ipynb #76920817
 def to_uint8(
     x: Tensor,               # (..., H, W), any range; [-1, 1] is kept
     truncate: bool = False,  # cut the fraction off instead of rounding
@@ -87,7 +89,7 @@ def to_uint8(
     scaled = (x.float().clamp(-1, 1) + 1) * 127.5
     return (scaled if truncate else scaled.round()).to(torch.uint8)
 
-# %% ../nbs/00_images.ipynb #1233ee38
+# %% ../nbs/00_images.ipynb #cd29502a
 def to_image(
     x: Tensor,  # (3, H, W) or (1, 3, H, W)
 ) -> Image.Image:  # mode RGB
@@ -97,30 +99,30 @@ def to_image(
         raise ValueError(f"to_image takes one picture (3, H, W), got {tuple(x.shape)}: index the batch first")
     return Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
 
-# %% ../nbs/00_images.ipynb #26d66552
+# %% ../nbs/00_images.ipynb #f9d8b1a3
 def center_crop(
     picture: Image.Image,  # any size
     size: int,             # side of the square, pixels
 ) -> Image.Image:  # (size, size)
     "Resize the short side to `size` (bicubic, smaller pictures are enlarged) and cut out the centre."
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"size must be a whole number of pixels, at least 1, got {size!r}")
     w, h = picture.size
     scale = size / min(w, h)
     picture = picture.resize((max(size, round(w * scale)), max(size, round(h * scale))), Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
-# %% ../nbs/00_images.ipynb #256177c0
+# %% ../nbs/00_images.ipynb #53ba535e
 def load_image(
-    file: str | os.PathLike,  # any file Pillow reads
+    file: str | os.PathLike | Image.Image,  # any file Pillow reads, or an open picture
     size: int | None = None,  # side of a centre crop, short side resized to it; None keeps the picture's own size
 ) -> Tensor:  # (1, 3, H, W), float32 in [-1, 1]
     "Read one picture as a tensor; raises `FileNotFoundError` or `ImageError`."
     picture = open_image(file)
     return to_tensor(picture if size is None else center_crop(picture, size))
 
-# %% ../nbs/00_images.ipynb #54428df2
+# %% ../nbs/00_images.ipynb #3de576b2
 @contextmanager
 def replacing(
     file: str | os.PathLike,  # the final name
@@ -135,7 +137,7 @@ def replacing(
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/00_images.ipynb #d73c7ac8
+# %% ../nbs/00_images.ipynb #935a1bfc
 def save_image(
     x: Tensor,                # (3, H, W) or (1, 3, H, W) in [-1, 1]
     file: str | os.PathLike,  # its ending chooses the format
@@ -144,7 +146,7 @@ def save_image(
     with replacing(file) as part: to_image(x).save(part)
     return Path(file)
 
-# %% ../nbs/00_images.ipynb #cd3f666b
+# %% ../nbs/00_images.ipynb #ddc40e89
 def show_images(
     images: Tensor | Sequence[Tensor],    # (3, H, W), (B, 3, H, W), or a list of these, in [-1, 1]
     titles: Sequence[str] | None = None,  # one per picture
@@ -160,7 +162,8 @@ def show_images(
         raise ValueError("show_images got no pictures")
     columns = columns or min(len(flat), 8)
     rows = math.ceil(len(flat) / columns)
-    height = width * max(p.shape[-2] / p.shape[-1] for p in flat) + (0.3 if titles else 0)
+    lines = max((t.count("\n") + 1 for t in titles or ()), default=0)
+    height = width * max(p.shape[-2] / p.shape[-1] for p in flat) + 0.1 + 0.16 * lines
     fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
     for i, (ax, p) in enumerate(zip(axes.flat, flat, strict=False)):
@@ -169,7 +172,7 @@ def show_images(
     plt.close(fig)  # or the notebook would show it a second time
     return fig
 
-# %% ../nbs/00_images.ipynb #ac6ccdc7
+# %% ../nbs/00_images.ipynb #fd4776d0
 def bundled_photographs() -> list[Path]:
     "The nine photographs in the package: these are for training."
     return sorted((Path(__file__).parent / "assets" / "photographs").glob("*.jpg"))

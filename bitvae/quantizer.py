@@ -7,7 +7,7 @@ __all__ = ['TEMPERATURE', 'COMMITMENT', 'ENTROPY', 'codes', 'straight_through', 
            'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'latent_from_bits', 'bits_of',
            'draw_kept', 'MultiScaleBSQ']
 
-# %% ../nbs/02_quantizer.ipynb #671e4708
+# %% ../nbs/02_quantizer.ipynb #fb5cb8f2
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,21 +20,21 @@ from torch.nn import functional as F
 
 from .bits import Bits, Size, scale_schedule
 
-# %% ../nbs/02_quantizer.ipynb #5ef7cce5
+# %% ../nbs/02_quantizer.ipynb #ae30cacc
 def codes(
     positive: Tensor,  # bool, channels in dim 1: (B, d, ...)
 ) -> Tensor:  # the same shape, float32, each vector of length 1
     "The corner of the hypercube on the unit sphere that the bits name (BSQ, arXiv 2406.07548)."
     return (positive.float() * 2 - 1) / math.sqrt(positive.shape[1])
 
-# %% ../nbs/02_quantizer.ipynb #a96119d2
+# %% ../nbs/02_quantizer.ipynb #53d29df1
 def straight_through(
     v: Tensor,  # unit vectors (B, d, ...)
 ) -> Tensor:  # the codes, with the gradient of v
     "Quantize forward, copy the gradient backward."
     return v + (codes(v > 0) - v).detach()
 
-# %% ../nbs/02_quantizer.ipynb #806c7b38
+# %% ../nbs/02_quantizer.ipynb #e90d737b
 TEMPERATURE = 100.0    # inverse temperature T of the soft bits
 COMMITMENT = 0.25      # weight of the commitment term
 ENTROPY = 0.1          # weight of the entropy penalty
@@ -44,7 +44,7 @@ def binary_entropy(p: Tensor) -> Tensor:
     "Entropy in nats of a bit that is 1 with probability p."
     return -p * torch.log(p + 1e-8) - (1 - p) * torch.log(1 - p + 1e-8)
 
-# %% ../nbs/02_quantizer.ipynb #232b09de
+# %% ../nbs/02_quantizer.ipynb #e417db74
 def over_ranks(
     mean: Tensor,  # this process's mean
 ) -> Tensor:  # the mean over all processes, with the gradient of this one's
@@ -55,7 +55,7 @@ def over_ranks(
     dist.all_reduce(total)
     return mean + (total / dist.get_world_size() - mean).detach()
 
-# %% ../nbs/02_quantizer.ipynb #65128f35
+# %% ../nbs/02_quantizer.ipynb #fdce71ad
 class ScaleLoss(NamedTuple):
     "The loss of one scale and its parts, scalars."
 
@@ -75,7 +75,7 @@ def scale_loss(
     batch = binary_entropy(over_ranks(p.mean(dim=(0, 2, 3)))).sum()
     return ScaleLoss(COMMITMENT * commitment + ENTROPY * (sample - batch) / TEMPERATURE, commitment, sample, batch)
 
-# %% ../nbs/02_quantizer.ipynb #aae6b42c
+# %% ../nbs/02_quantizer.ipynb #5424b026
 def area_resize(
     r: Tensor,   # residual (B, d, h, w)
     size: Size,  # (h_k, w_k)
@@ -91,7 +91,7 @@ def enlarge(
     "Spread one scale over the full latent; the identity where it already fits."
     return q if q.shape[-2:] == size else F.interpolate(q, size=size, mode="bilinear", align_corners=False)
 
-# %% ../nbs/02_quantizer.ipynb #f70dfed2
+# %% ../nbs/02_quantizer.ipynb #07b27306
 class Quantized(NamedTuple):
     "What `MultiScaleBSQ` makes of a latent."
 
@@ -99,7 +99,7 @@ class Quantized(NamedTuple):
     bits: Bits      # one plane per kept scale
     losses: Tensor  # (kept scales,); zeros in eval mode
 
-# %% ../nbs/02_quantizer.ipynb #521b9abe
+# %% ../nbs/02_quantizer.ipynb #f5941950
 def residual_pyramid(
     z: Tensor,                # latent (B, d, h, w), float32
     schedule: Sequence[Size], # the scales to use
@@ -115,15 +115,16 @@ def residual_pyramid(
         vs.append(v)
     return out, vs
 
-# %% ../nbs/02_quantizer.ipynb #86cd701e
+# %% ../nbs/02_quantizer.ipynb #794a1e50
 def latent_from_bits(
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # quantized latent (B, d, h, w), float32
     "Sum the enlarged codes of every plane held."
     planes = (codes(rearrange(p, "B h w d -> B d h w")) for p in bits)
-    return sum(enlarge(q, bits.latent_size) for q in planes)
+    one_layout = torch.contiguous_format  # whatever the planes' own: rounding may depend on it
+    return sum(enlarge(q.clone(memory_format=one_layout), bits.latent_size) for q in planes)
 
-# %% ../nbs/02_quantizer.ipynb #646c873c
+# %% ../nbs/02_quantizer.ipynb #2d5a1f13
 def bits_of(
     vs: Sequence[Tensor],      # unit vectors of each scale (B, d, h_k, w_k)
     schedule: Sequence[Size],  # their sizes
@@ -132,7 +133,7 @@ def bits_of(
     "The signs of all scales as bit planes."
     return Bits([rearrange(v > 0, "B d h w -> B h w d") for v in vs], schedule, latent_size)
 
-# %% ../nbs/02_quantizer.ipynb #e07ae97c
+# %% ../nbs/02_quantizer.ipynb #cec7910c
 def draw_kept(
     scales: int,       # K
     drop_rate: float,  # probability of dropping each
@@ -143,7 +144,7 @@ def draw_kept(
     if keep_last or not any(keep): keep[-1] = True
     return keep
 
-# %% ../nbs/02_quantizer.ipynb #40b22ea8
+# %% ../nbs/02_quantizer.ipynb #fa25e3b4
 class MultiScaleBSQ(nn.Module):
     "Multi-scale binary spherical quantization of a latent (Infinity, arXiv 2412.04431)."
 

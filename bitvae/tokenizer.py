@@ -8,7 +8,7 @@ __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', '
            'config_from_weights', 'short', 'build', 'weights_folder', 'fetch', 'save_tokenizer', 'read_config',
            'inferred_config', 'load_tokenizer']
 
-# %% ../nbs/04_tokenizer.ipynb #2c1497c1
+# %% ../nbs/04_tokenizer.ipynb #684765b6
 import json
 import os
 import pickle
@@ -20,7 +20,7 @@ from types import UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +29,7 @@ from .bits import Bits, scale_schedule
 from .images import replacing
 from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
 
-# %% ../nbs/04_tokenizer.ipynb #8edcbcb1
+# %% ../nbs/04_tokenizer.ipynb #1d67e310
 def check_types(
     config: object,  # a dataclass
 ) -> None:
@@ -41,7 +41,7 @@ def check_types(
         if not fits or (type(value) is tuple and any(type(v) is not int for v in value)):
             raise TypeError(f"{name} must be {kind.__name__ if type(kind) is type else kind}, got {value!r}")
 
-# %% ../nbs/04_tokenizer.ipynb #fcee6b26
+# %% ../nbs/04_tokenizer.ipynb #3f524c6e
 @dataclass(frozen=True)
 class BitVAEConfig:
     "What a tokenizer is: the shape of its networks and its schedule."
@@ -67,7 +67,7 @@ class BitVAEConfig:
         for m in self.multipliers: group_norm(self.channels * m)
         scale_schedule(16, 16, self.mode)
 
-# %% ../nbs/04_tokenizer.ipynb #c8921030
+# %% ../nbs/04_tokenizer.ipynb #af8704ff
 def config_from_dict(
     values: Mapping,  # parsed JSON
 ) -> BitVAEConfig:
@@ -78,7 +78,7 @@ def config_from_dict(
         raise ValueError(f"unknown configuration keys {', '.join(unknown)}: known are {', '.join(known)}")
     return BitVAEConfig(**values)
 
-# %% ../nbs/04_tokenizer.ipynb #286d2387
+# %% ../nbs/04_tokenizer.ipynb #163e9b4a
 def pad_to_stride(
     x: Tensor,    # (B, 3, H, W)
     stride: int,  # f
@@ -87,17 +87,19 @@ def pad_to_stride(
     H, W = x.shape[-2:]
     return F.pad(x, (0, -W % stride, 0, -H % stride), mode="replicate") if H % stride or W % stride else x
 
-# %% ../nbs/04_tokenizer.ipynb #c3905a16
+# %% ../nbs/04_tokenizer.ipynb #fce77180
 def check_pictures(
     x: Tensor,  # (B, 3, H, W) in [-1, 1]
 ) -> None:
     "Raise `ValueError` for what cannot be a batch of pictures in [-1, 1]."
+    if not isinstance(x, Tensor): raise TypeError(f"pictures must be a tensor (B, 3, H, W) in [-1, 1], got {type(x).__name__}: load_image makes one of a file")
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(f"pictures must be floating point (B, 3, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}")
-    if not (peak := x.detach().abs().amax().item()) <= 8:
+    if not torch.isfinite(x).all(): raise ValueError("pictures must lie in [-1, 1], these hold nan or infinite values")
+    if (peak := x.detach().abs().amax().item()) > 8:
         raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
-# %% ../nbs/04_tokenizer.ipynb #5cef6b6e
+# %% ../nbs/04_tokenizer.ipynb #26600fe9
 class BitVAE(nn.Module):
     "A bitwise visual tokenizer: encoder, multi-scale BSQ, decoder (Infinity, arXiv 2412.04431)."
 
@@ -136,7 +138,7 @@ class BitVAE(nn.Module):
     device = property(lambda self: self.encoder.conv_in.weight.device, doc="Where the weights live.")
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
-# %% ../nbs/04_tokenizer.ipynb #ca58b220
+# %% ../nbs/04_tokenizer.ipynb #4d336408
 def encode(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
@@ -151,12 +153,13 @@ def encode(
     planes = tuple(p.to(x.device, copy=True) for p in bits)  # ordinary tensors again, which may be edited and trained on
     return replace(bits, planes=planes, image_size=tuple(x.shape[-2:]))
 
-# %% ../nbs/04_tokenizer.ipynb #3be41866
+# %% ../nbs/04_tokenizer.ipynb #8a7cda49
 def decode(
     tok: BitVAE,
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # (B, 3, H, W), clamped to [-1, 1], on the device of the bits
     "The picture that the bits, or their first scales, describe; raises `ValueError` for bits of another width."
+    if not isinstance(bits, Bits): raise TypeError(f"decode takes Bits, as encode or Bits.load give them, got {type(bits).__name__}")
     if bits.dim != tok.config.dim:
         raise ValueError(f"these bits have {bits.dim} per token, this tokenizer {tok.config.dim}: they come from another one")
     (h, w), f = bits.latent_size, tok.config.stride
@@ -167,7 +170,7 @@ def decode(
         y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype)).clamp(-1, 1)
     return y[..., :H, :W].to(bits.device, copy=True)
 
-# %% ../nbs/04_tokenizer.ipynb #c91fffb5
+# %% ../nbs/04_tokenizer.ipynb #e0111dc4
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and what does not fit."
 
@@ -188,7 +191,7 @@ def read_weights(
     if not isinstance(checkpoint, Mapping): raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not named weights")
     return checkpoint
 
-# %% ../nbs/04_tokenizer.ipynb #b2a8e7dc
+# %% ../nbs/04_tokenizer.ipynb #7f9e605b
 IGNORED = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
 
 
@@ -204,7 +207,7 @@ def tokenizer_weights(
         weights = {name.removeprefix("vae.").removeprefix("module."): w for name, w in nested.items()}
     return {our_name(name): w for name, w in weights.items() if not name.startswith(IGNORED)}
 
-# %% ../nbs/04_tokenizer.ipynb #8e321b95
+# %% ../nbs/04_tokenizer.ipynb #60503616
 def config_from_weights(
     weights: Mapping[str, Tensor],  # our names
 ) -> BitVAEConfig:
@@ -230,7 +233,7 @@ def short(
     names = list(names)
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/04_tokenizer.ipynb #a7e6fead
+# %% ../nbs/04_tokenizer.ipynb #6033f75e
 def build(
     cls: type[BitVAE],
     config: BitVAEConfig,
@@ -247,7 +250,7 @@ def build(
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
     return tok.eval()
 
-# %% ../nbs/04_tokenizer.ipynb #9acbf916
+# %% ../nbs/04_tokenizer.ipynb #aef795d0
 RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64", "infinity_vae_d32reg")
 REPOSITORY = "FoundationVision/Infinity"
 
@@ -256,7 +259,7 @@ def weights_folder() -> Path:
     "Where files fetched by hand are looked for: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
 
-# %% ../nbs/04_tokenizer.ipynb #f33c941d
+# %% ../nbs/04_tokenizer.ipynb #fafe304e
 def fetch(
     name: str,  # one of `RELEASED`
 ) -> Path:
@@ -271,7 +274,7 @@ def fetch(
         raise ConnectionError(f"cannot download {name}.pth: fetch it from the Hugging Face repository {REPOSITORY} on a machine with "
                               f"network and put it at {by_hand}, or pass its path ({type(e).__name__})") from e  # fmt: skip
 
-# %% ../nbs/04_tokenizer.ipynb #e365ce75
+# %% ../nbs/04_tokenizer.ipynb #3a7f0128
 def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
@@ -280,11 +283,11 @@ def save_tokenizer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().cpu().contiguous() for name, w in tok.state_dict().items()}
-    with replacing(folder / "model.safetensors") as part: save_file(weights, part, metadata={"format": "pt"})
+    with replacing(folder / "model.safetensors") as part: part.write_bytes(save(weights, metadata={"format": "pt"}))
     with replacing(folder / "config.json") as part: part.write_text(json.dumps(asdict(tok.config), indent=1) + "\n")
     return folder
 
-# %% ../nbs/04_tokenizer.ipynb #7190e3a1
+# %% ../nbs/04_tokenizer.ipynb #3269c329
 def read_config(file: Path) -> BitVAEConfig:
     "Read config.json; raises `CheckpointError`."
     try:
@@ -292,7 +295,7 @@ def read_config(file: Path) -> BitVAEConfig:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
 
-# %% ../nbs/04_tokenizer.ipynb #ced8ca73
+# %% ../nbs/04_tokenizer.ipynb #3b921fb4
 def inferred_config(weights: Mapping[str, Tensor], file: Path) -> BitVAEConfig:
     "The configuration in the shapes; raises `CheckpointError` with the file's name."
     try: return config_from_weights(weights)
@@ -307,6 +310,7 @@ def load_tokenizer(
     "Load a tokenizer; raises `FileNotFoundError`, `ConnectionError`, or `CheckpointError`."
     path = Path(name)
     if path.is_dir():
+        if not (path / "model.safetensors").exists() and (path / "tokenizer").is_dir(): path = path / "tokenizer"  # the folder of a run
         weights, config = tokenizer_weights(read_weights(path / "model.safetensors")), path / "config.json"
         config = read_config(config) if config.exists() else inferred_config(weights, path)
     elif path.is_file() or str(name) in RELEASED:

@@ -7,7 +7,7 @@ __all__ = ['CRITIC_RATE', 'PIXELS', 'set_latent_norm', 'TrainingDiverged', 'adam
            'step_seed', 'parts_of', 'save_checkpoint', 'load_checkpoint', 'commit', 'run_record', 'RunExistsError',
            'open_run', 'Log', 'read_log', 'Interrupted', 'StopSignals', 'train', 'check_loss', 'guarded', 'progress']
 
-# %% ../nbs/08_training.ipynb #c3f776bd
+# %% ../nbs/08_training.ipynb #9ff82dab
 import importlib.metadata
 import json
 import os
@@ -25,13 +25,13 @@ from torch.nn import functional as F
 
 from .architecture import PatchDiscriminator
 from .bits import replacing
-from .data import RandomCrops, Source, batches, fingerprint, image_files
+from .data import RandomCrops, Source, batches, check_sizes, fingerprint, image_files
 from .losses import discriminator_loss, generator_loss, lpips_vgg
 from .quantizer import MultiScaleBSQ
 from .recipes import TrainConfig, config_of_run, config_to_dict, rate
 from .tokenizer import BitVAE, CheckpointError, read_weights
 
-# %% ../nbs/08_training.ipynb #ab9f6532
+# %% ../nbs/08_training.ipynb #4e13b804
 @torch.no_grad()
 def set_latent_norm(
     encoder: nn.Module,
@@ -42,7 +42,7 @@ def set_latent_norm(
     factor = norm / encoder(x).norm(dim=1).mean()
     for p in encoder.conv_out.parameters(): p.mul_(factor)
 
-# %% ../nbs/08_training.ipynb #780c9f7e
+# %% ../nbs/08_training.ipynb #a836b81b
 class TrainingDiverged(RuntimeError):
     "The loss or the gradient became infinite or no number; the message says at which step and what is kept."
 
@@ -54,7 +54,7 @@ def adamw(
     "The published optimizer: AdamW, betas (0.9, 0.95), weight decay 0.01."
     return torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
 
-# %% ../nbs/08_training.ipynb #e039527c
+# %% ../nbs/08_training.ipynb #119bdf85
 def update(
     optimizer: torch.optim.Optimizer,
     loss: Tensor,     # scalar
@@ -72,7 +72,7 @@ def update(
     optimizer.step()
     return norm
 
-# %% ../nbs/08_training.ipynb #024fe9dc
+# %% ../nbs/08_training.ipynb #ef798284
 CRITIC_RATE = 2.0  # the critic's learning rate, as a multiple of the tokenizer's
 
 
@@ -99,7 +99,7 @@ class Trainer:
             self.critic_optimizer = adamw(self.critic, CRITIC_RATE * config.lr)
         self.perceptual = lpips_vgg().to(accelerator.device) if config.perceptual == "lpips" else None
 
-# %% ../nbs/08_training.ipynb #bca37a39
+# %% ../nbs/08_training.ipynb #8c7bf478
 PIXELS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
@@ -124,19 +124,19 @@ def train_step(
     t.done += 1
     return parts
 
-# %% ../nbs/08_training.ipynb #fe0ce395
+# %% ../nbs/08_training.ipynb #b15277aa
 def step_seed(seed: int, step: int) -> int:
     "The seed of all that is random in one step: the same for all processes, which must drop the same scales."
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
-# %% ../nbs/08_training.ipynb #68e1bc61
+# %% ../nbs/08_training.ipynb #5264ae9c
 def parts_of(t: Trainer) -> dict[str, object]:
     "Everything in a trainer that has a state, by its name in the checkpoint."
     parts = {"vae": t.tok, "opt_vae": t.optimizer}
     if t.critic is None: return parts
     return parts | {"image_disc": t.accelerator.unwrap_model(t.critic), "opt_image_disc": t.critic_optimizer}
 
-# %% ../nbs/08_training.ipynb #aa4033e8
+# %% ../nbs/08_training.ipynb #ea505bad
 def save_checkpoint(t: Trainer, file: Path) -> None:
     "Write the state of a run, in one step."
     with replacing(file) as part: torch.save({name: p.state_dict() for name, p in parts_of(t).items()} | {"step": t.done}, part)
@@ -151,7 +151,7 @@ def load_checkpoint(t: Trainer, file: Path) -> None:
     except (KeyError, RuntimeError, ValueError) as e:
         raise CheckpointError(f"{file} is not a checkpoint of this run: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/08_training.ipynb #fca7454d
+# %% ../nbs/08_training.ipynb #a0d6b8f1
 def commit() -> str | None:
     "The commit of the source this runs from, with -dirty where it was changed; None where git does not track it."
     def git(*arguments: str) -> str:
@@ -160,7 +160,7 @@ def commit() -> str | None:
     try: return git("ls-files", Path(__file__).name) and git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") or None
     except FileNotFoundError: return None
 
-# %% ../nbs/08_training.ipynb #2e76be9c
+# %% ../nbs/08_training.ipynb #c74de9fe
 def run_record(
     config: TrainConfig,
     files: Sequence[Path],  # the images
@@ -178,11 +178,11 @@ def run_record(
         "threads": torch.get_num_threads(),
     }
 
-# %% ../nbs/08_training.ipynb #51e63e99
+# %% ../nbs/08_training.ipynb #c31d9127
 class RunExistsError(FileExistsError):
     "The output folder holds a run already, and it is not this one, or was not meant to be continued."
 
-# %% ../nbs/08_training.ipynb #b5cd3014
+# %% ../nbs/08_training.ipynb #d08eb874
 def open_run(
     folder: Path,
     record: dict,  # from `run_record`
@@ -204,7 +204,7 @@ def open_run(
     if differing := [f"{k} ({theirs.get(k)!r} there, {v!r} here)" for k, v in ours.items() if theirs.get(k) != v]:
         raise RunExistsError(f"{what} with other values: {', '.join(differing)}; choose another folder")
 
-# %% ../nbs/08_training.ipynb #49dc39bc
+# %% ../nbs/08_training.ipynb #ae44c52e
 class Log:
     "A line of metrics per step, in metrics.jsonl and as TensorBoard events; a context manager."
 
@@ -227,13 +227,13 @@ class Log:
     def __enter__(self): return self
     def __exit__(self, *_): self.file.close(); self.events.close()
 
-# %% ../nbs/08_training.ipynb #255c0957
+# %% ../nbs/08_training.ipynb #ba756f71
 def read_log(file: Path) -> list[dict]:
     "The lines of metrics.jsonl, without one that was cut off by a kill; none where there is no file."
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
-# %% ../nbs/08_training.ipynb #1d7a2c0b
+# %% ../nbs/08_training.ipynb #4690fc6b
 class Interrupted(KeyboardInterrupt):
     "The run was stopped from outside; its checkpoint is kept, and the message says how to go on."
 
@@ -254,7 +254,7 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
 
-# %% ../nbs/08_training.ipynb #3dd8d6da
+# %% ../nbs/08_training.ipynb #d1eba609
 def train(
     config: TrainConfig,         # from `recipe`
     images: Source = "bundled",  # see `image_files`
@@ -267,6 +267,8 @@ def train(
 
     accelerator, folder, files = Accelerator(cpu=not torch.cuda.is_available()), Path(folder), image_files(images)
     if accelerator.num_processes > 1: raise ValueError("train runs in one process: start it without torchrun")
+    if workers < 0: raise ValueError(f"workers must be 0 or more, got {workers}")
+    if not config.upscale: check_sizes(files, config.size)
     crops = RandomCrops(files, config.size, config.seed, config.max_zoom, config.whole, config.upscale)
     t = Trainer(config, next(iter(batches(crops, config.batch, range(1)))), accelerator)
     open_run(folder, run_record(config, files, accelerator), resume)
@@ -288,7 +290,7 @@ def train(
                 raise Interrupted(f"{stop.received} after step {t.done} of {config.steps}: {checkpoint} is kept, resume=True (--resume) goes on")
     return t.tok.save_pretrained(folder / "tokenizer")
 
-# %% ../nbs/08_training.ipynb #f5a7a0a8
+# %% ../nbs/08_training.ipynb #4d71d4a5
 @torch.no_grad()
 def check_loss(
     t: Trainer,

@@ -62,6 +62,7 @@ def test_truncated_picture_stops_training_with_its_name(tmp_path, length):
 def test_picture_smaller_than_the_crop(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "tiny.png")
     with pytest.raises(ImageError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"): train(recipe("smoke"), tmp_path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     train(recipe("smoke", upscale=True), tmp_path, tmp_path / "other")
 
 
