@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['group_norm', 'ResnetBlock', 'Downsample', 'Upsample', 'level', 'run', 'middle', 'Encoder', 'Decoder',
-           'PatchDiscriminator', 'our_name', 'published_names']
+           'checkpoint_activations', 'kept_bytes', 'PatchDiscriminator', 'our_name', 'published_names']
 
-# %% ../nbs/03_architecture.ipynb #62dffbe5
+# %% ../nbs/03_architecture.ipynb #2b4f0c75
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-# %% ../nbs/03_architecture.ipynb #cfcf6cc3
+# %% ../nbs/03_architecture.ipynb #d7cdb3c7
 def group_norm(
     width: int,  # channels, a multiple of 32 or 24
 ) -> nn.GroupNorm:
@@ -20,7 +25,7 @@ def group_norm(
         raise ValueError(f"a width of {width} channels cannot be normalized: take a multiple of 32 or of 24")
     return nn.GroupNorm(groups, width, eps=1e-6)
 
-# %% ../nbs/03_architecture.ipynb #6c890b44
+# %% ../nbs/03_architecture.ipynb #dce793bf
 class ResnetBlock(nn.Module):
     "GroupNorm, SiLU, 3x3 convolution, twice, plus the input (through a 1x1 convolution where widths differ)."
 
@@ -39,7 +44,7 @@ class ResnetBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
-# %% ../nbs/03_architecture.ipynb #a4276402
+# %% ../nbs/03_architecture.ipynb #ff1aa428
 class Downsample(nn.Conv2d):
     "Halve the sides: zero padding right and bottom, 3x3 convolution of stride 2."
 
@@ -53,7 +58,7 @@ class Upsample(nn.Conv2d):
     def __init__(self, width: int): super().__init__(width, width, 3, padding=1)
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
 
-# %% ../nbs/03_architecture.ipynb #c15af1bc
+# %% ../nbs/03_architecture.ipynb #29408b47
 def level(
     width_in: int,               # channels in
     width_out: int,              # channels out
@@ -66,7 +71,7 @@ def level(
     for name, module in step.items(): stage.add_module(name, module)
     return stage
 
-# %% ../nbs/03_architecture.ipynb #e9367f63
+# %% ../nbs/03_architecture.ipynb #e319a98e
 def run(
     stage: nn.Module,  # a `level`, or the middle
     x: Tensor,         # (B, width_in, h, w)
@@ -83,7 +88,7 @@ def middle(width: int) -> nn.Module:
     stage.block_1, stage.block_2 = ResnetBlock(width, width), ResnetBlock(width, width)
     return stage
 
-# %% ../nbs/03_architecture.ipynb #aedceda7
+# %% ../nbs/03_architecture.ipynb #4c15c2af
 class Encoder(nn.Module):
     "Picture (B, 3, H, W) to latent (B, d, H/f, W/f)."
 
@@ -111,7 +116,7 @@ class Encoder(nn.Module):
         for stage in [*self.down, self.mid]: x = run(stage, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/03_architecture.ipynb #59af02a0
+# %% ../nbs/03_architecture.ipynb #ddf76ba0
 class Decoder(nn.Module):
     "Latent (B, d, h, w) to picture (B, 3, h*f, w*f), not clamped."
 
@@ -139,7 +144,28 @@ class Decoder(nn.Module):
         for stage in reversed(self.up): x = run(stage, x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-# %% ../nbs/03_architecture.ipynb #b00f8b7e
+# %% ../nbs/03_architecture.ipynb #163af9b4
+def checkpoint_activations(
+    model: nn.Module,  # holds residual blocks; changed in place
+) -> None:
+    "Let every residual block compute its inside again in the backward pass instead of keeping it."
+    for block in model.modules():
+        if isinstance(block, ResnetBlock): block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def kept_bytes(
+    forward: Callable[[], object],  # a forward pass, on any device, also on "meta"
+    model: nn.Module,               # whose weights do not count
+) -> int:
+    "How much a forward pass keeps for the backward pass."
+    weights, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    def note(a: Tensor) -> Tensor: kept[a.untyped_storage()._cdata] = a.untyped_storage().nbytes(); return a
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda a: a): result = forward()
+    del result
+    return sum(size for storage, size in kept.items() if storage not in weights)
+
+# %% ../nbs/03_architecture.ipynb #e069bebe
 class PatchDiscriminator(nn.Module):
     "Picture (B, 3, H, W) to one logit per patch (B, 1, H/8 - 2, W/8 - 2); large means real."
 
@@ -159,14 +185,14 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x)
 
-# %% ../nbs/03_architecture.ipynb #f4a66ecb
+# %% ../nbs/03_architecture.ipynb #e0c6e3a5
 def our_name(
     published: str,  # "down.0.downsample.conv.conv.weight"
 ) -> str:  # "down.0.downsample.weight"
     "Leave the levels named `conv`, `norm` and `discriminator` out of a weight's name."
     return ".".join(part for part in published.split(".") if part not in ("conv", "norm", "discriminator"))
 
-# %% ../nbs/03_architecture.ipynb #c6a479f2
+# %% ../nbs/03_architecture.ipynb #650de35f
 def published_names(
     model: nn.Module,  # an encoder, a decoder, a discriminator, or what holds them
 ) -> dict[str, str]:  # our name -> published name

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', 'config_from_dict', 'pad_to_stride',
            'check_pictures', 'BitVAE', 'encode', 'decode', 'CheckpointError', 'read_weights', 'tokenizer_weights',
-           'config_from_weights', 'short', 'build', 'weights_folder', 'fetch', 'save_tokenizer', 'read_config',
-           'inferred_config', 'load_tokenizer']
+           'config_from_weights', 'short', 'build', 'weights_folder', 'fetch', 'tokenizer_files', 'save_tokenizer',
+           'read_config', 'inferred_config', 'result_of_run', 'load_tokenizer']
 
-# %% ../nbs/04_tokenizer.ipynb #684765b6
+# %% ../nbs/04_tokenizer.ipynb #2ca4567f
 import json
 import os
 import pickle
@@ -29,7 +29,7 @@ from .bits import Bits, scale_schedule
 from .images import replacing
 from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
 
-# %% ../nbs/04_tokenizer.ipynb #1d67e310
+# %% ../nbs/04_tokenizer.ipynb #3cc9daf8
 def check_types(
     config: object,  # a dataclass
 ) -> None:
@@ -41,7 +41,7 @@ def check_types(
         if not fits or (type(value) is tuple and any(type(v) is not int for v in value)):
             raise TypeError(f"{name} must be {kind.__name__ if type(kind) is type else kind}, got {value!r}")
 
-# %% ../nbs/04_tokenizer.ipynb #3f524c6e
+# %% ../nbs/04_tokenizer.ipynb #ff5eaa45
 @dataclass(frozen=True)
 class BitVAEConfig:
     "What a tokenizer is: the shape of its networks and its schedule."
@@ -67,7 +67,7 @@ class BitVAEConfig:
         for m in self.multipliers: group_norm(self.channels * m)
         scale_schedule(16, 16, self.mode)
 
-# %% ../nbs/04_tokenizer.ipynb #af8704ff
+# %% ../nbs/04_tokenizer.ipynb #7ffa32af
 def config_from_dict(
     values: Mapping,  # parsed JSON
 ) -> BitVAEConfig:
@@ -78,7 +78,7 @@ def config_from_dict(
         raise ValueError(f"unknown configuration keys {', '.join(unknown)}: known are {', '.join(known)}")
     return BitVAEConfig(**values)
 
-# %% ../nbs/04_tokenizer.ipynb #163e9b4a
+# %% ../nbs/04_tokenizer.ipynb #6852ce52
 def pad_to_stride(
     x: Tensor,    # (B, 3, H, W)
     stride: int,  # f
@@ -87,7 +87,7 @@ def pad_to_stride(
     H, W = x.shape[-2:]
     return F.pad(x, (0, -W % stride, 0, -H % stride), mode="replicate") if H % stride or W % stride else x
 
-# %% ../nbs/04_tokenizer.ipynb #fce77180
+# %% ../nbs/04_tokenizer.ipynb #9b114db2
 def check_pictures(
     x: Tensor,  # (B, 3, H, W) in [-1, 1]
 ) -> None:
@@ -99,7 +99,7 @@ def check_pictures(
     if (peak := x.detach().abs().amax().item()) > 8:
         raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
-# %% ../nbs/04_tokenizer.ipynb #26600fe9
+# %% ../nbs/04_tokenizer.ipynb #baf8f550
 class BitVAE(nn.Module):
     "A bitwise visual tokenizer: encoder, multi-scale BSQ, decoder (Infinity, arXiv 2412.04431)."
 
@@ -138,7 +138,7 @@ class BitVAE(nn.Module):
     device = property(lambda self: self.encoder.conv_in.weight.device, doc="Where the weights live.")
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
-# %% ../nbs/04_tokenizer.ipynb #4d336408
+# %% ../nbs/04_tokenizer.ipynb #0202ce23
 def encode(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
@@ -153,7 +153,7 @@ def encode(
     planes = tuple(p.to(x.device, copy=True) for p in bits)  # ordinary tensors again, which may be edited and trained on
     return replace(bits, planes=planes, image_size=tuple(x.shape[-2:]))
 
-# %% ../nbs/04_tokenizer.ipynb #8a7cda49
+# %% ../nbs/04_tokenizer.ipynb #1c0413a6
 def decode(
     tok: BitVAE,
     bits: Bits,  # all scales or a prefix
@@ -170,7 +170,7 @@ def decode(
         y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype)).clamp(-1, 1)
     return y[..., :H, :W].to(bits.device, copy=True)
 
-# %% ../nbs/04_tokenizer.ipynb #e0111dc4
+# %% ../nbs/04_tokenizer.ipynb #bdbe93bf
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and what does not fit."
 
@@ -191,7 +191,7 @@ def read_weights(
     if not isinstance(checkpoint, Mapping): raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not named weights")
     return checkpoint
 
-# %% ../nbs/04_tokenizer.ipynb #7f9e605b
+# %% ../nbs/04_tokenizer.ipynb #45124267
 IGNORED = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
 
 
@@ -207,7 +207,7 @@ def tokenizer_weights(
         weights = {name.removeprefix("vae.").removeprefix("module."): w for name, w in nested.items()}
     return {our_name(name): w for name, w in weights.items() if not name.startswith(IGNORED)}
 
-# %% ../nbs/04_tokenizer.ipynb #60503616
+# %% ../nbs/04_tokenizer.ipynb #b36a720b
 def config_from_weights(
     weights: Mapping[str, Tensor],  # our names
 ) -> BitVAEConfig:
@@ -233,7 +233,7 @@ def short(
     names = list(names)
     return (", ".join(names[:most]) or "nothing") + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/04_tokenizer.ipynb #6033f75e
+# %% ../nbs/04_tokenizer.ipynb #0eeafaa9
 def build(
     cls: type[BitVAE],
     config: BitVAEConfig,
@@ -250,7 +250,7 @@ def build(
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
     return tok.eval()
 
-# %% ../nbs/04_tokenizer.ipynb #aef795d0
+# %% ../nbs/04_tokenizer.ipynb #e6caea55
 RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinity_vae_d64", "infinity_vae_d32reg")
 REPOSITORY = "FoundationVision/Infinity"
 
@@ -259,7 +259,7 @@ def weights_folder() -> Path:
     "Where files fetched by hand are looked for: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
 
-# %% ../nbs/04_tokenizer.ipynb #fafe304e
+# %% ../nbs/04_tokenizer.ipynb #9ecdf578
 def fetch(
     name: str,  # one of `RELEASED`
 ) -> Path:
@@ -274,7 +274,14 @@ def fetch(
         raise ConnectionError(f"cannot download {name}.pth: fetch it from the Hugging Face repository {REPOSITORY} on a machine with "
                               f"network and put it at {by_hand}, or pass its path ({type(e).__name__})") from e  # fmt: skip
 
-# %% ../nbs/04_tokenizer.ipynb #3a7f0128
+# %% ../nbs/04_tokenizer.ipynb #2a8894c7
+def tokenizer_files(tok: BitVAE) -> dict[str, bytes]:
+    "A tokenizer as files, by name."
+    weights = {name: w.detach().cpu().contiguous() for name, w in tok.state_dict().items()}
+    config = json.dumps(asdict(tok.config), indent=1) + "\n"
+    return {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": config.encode()}
+
+
 def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
@@ -282,12 +289,11 @@ def save_tokenizer(
     "Write config.json and model.safetensors."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.detach().cpu().contiguous() for name, w in tok.state_dict().items()}
-    with replacing(folder / "model.safetensors") as part: part.write_bytes(save(weights, metadata={"format": "pt"}))
-    with replacing(folder / "config.json") as part: part.write_text(json.dumps(asdict(tok.config), indent=1) + "\n")
+    for name, content in tokenizer_files(tok).items():
+        with replacing(folder / name) as part: part.write_bytes(content)
     return folder
 
-# %% ../nbs/04_tokenizer.ipynb #3269c329
+# %% ../nbs/04_tokenizer.ipynb #d525d89b
 def read_config(file: Path) -> BitVAEConfig:
     "Read config.json; raises `CheckpointError`."
     try:
@@ -295,22 +301,30 @@ def read_config(file: Path) -> BitVAEConfig:
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
 
-# %% ../nbs/04_tokenizer.ipynb #3b921fb4
+# %% ../nbs/04_tokenizer.ipynb #9e5235c8
 def inferred_config(weights: Mapping[str, Tensor], file: Path) -> BitVAEConfig:
     "The configuration in the shapes; raises `CheckpointError` with the file's name."
     try: return config_from_weights(weights)
     except ValueError as e: raise CheckpointError(f"{file}: {e}") from None
 
 
+def result_of_run(
+    folder: Path,  # perhaps of a run
+) -> Path:  # of its tokenizer, or of its newest checkpoint while it has none; else the folder itself
+    "Where the folder of a run keeps what it has made so far."
+    results = [*sorted(folder.glob("checkpoints/step-*")), folder / "tokenizer"]
+    return next((path for path in reversed(results) if path.is_dir()), folder)
+
+
 def load_tokenizer(
     cls: type[BitVAE],
-    name: str | os.PathLike,  # a released name, a checkpoint file, or a folder of `save_pretrained`
+    name: str | os.PathLike,  # a released name, a checkpoint file, a folder of `save_pretrained`, or of a run
     mode: str | None = None,  # schedule; None keeps the configuration's own
 ) -> BitVAE:  # float32, on the CPU, eval mode
     "Load a tokenizer; raises `FileNotFoundError`, `ConnectionError`, or `CheckpointError`."
     path = Path(name)
     if path.is_dir():
-        if not (path / "model.safetensors").exists() and (path / "tokenizer").is_dir(): path = path / "tokenizer"  # the folder of a run
+        if not (path / "model.safetensors").exists(): path = result_of_run(path)
         weights, config = tokenizer_weights(read_weights(path / "model.safetensors")), path / "config.json"
         config = read_config(config) if config.exists() else inferred_config(weights, path)
     elif path.is_file() or str(name) in RELEASED:
