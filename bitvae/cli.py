@@ -6,13 +6,14 @@
 __all__ = ['NotebookError', 'run_notebook', 'settle_bars', 'private_kernel_manager', 'interrupting', 'train_command',
            'evaluate_command', 'run_command', 'describe_bits', 'describe_tokenizer', 'info_command', 'parser', 'main']
 
-# %% ../nbs/12_cli.ipynb #b01eab86
+# %% ../nbs/12_cli.ipynb #e76800ae
 import argparse
 import json
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from .recipes import parse_setting
 from .tokenizer import RELEASED, BitVAE
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
 
-# %% ../nbs/12_cli.ipynb #66643ef7
+# %% ../nbs/12_cli.ipynb #c00d88c2
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the executed copy holds its traceback."
 
@@ -60,7 +61,7 @@ def run_notebook(
     failed.unlink(missing_ok=True)
     return output
 
-# %% ../nbs/12_cli.ipynb #acaa403b
+# %% ../nbs/12_cli.ipynb #63460e6b
 def settle_bars(
     notebook: Path,  # executed
 ) -> None:
@@ -70,7 +71,7 @@ def settle_bars(
         out["text"] = re.sub(r"[^\n]*\r(?!\n)", "", "".join(out["text"]))
     notebook.write_text(json.dumps(cells, indent=1) + "\n")
 
-# %% ../nbs/12_cli.ipynb #05a2972c
+# %% ../nbs/12_cli.ipynb #ae760165
 def private_kernel_manager(
     started: list,  # to which the managers that are made are added
 ) -> type:
@@ -80,12 +81,13 @@ def private_kernel_manager(
     class PrivateKernelManager(AsyncKernelManager):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            if os.name == "posix": self.transport = "ipc"
+            self.sockets = tempfile.TemporaryDirectory(prefix="bitvae-")  # not in the working folder, which machines may share
+            if os.name == "posix": self.transport, self.ip = "ipc", str(Path(self.sockets.name, "kernel"))
             started.append(self)
 
     return PrivateKernelManager
 
-# %% ../nbs/12_cli.ipynb #e52b7afa
+# %% ../nbs/12_cli.ipynb #f13a5c3c
 @contextmanager
 def interrupting(
     kernels: list,  # kernel managers
@@ -103,7 +105,7 @@ def interrupting(
     finally:
         for s, handler in old.items(): signal.signal(s, handler)
 
-# %% ../nbs/12_cli.ipynb #1df1a7a3
+# %% ../nbs/12_cli.ipynb #9f6ed015
 def train_command(args: argparse.Namespace) -> None:
     "bitvae train"
     if args.processes == args.nodes == 1:
@@ -114,7 +116,7 @@ def train_command(args: argparse.Namespace) -> None:
     run_processes(torchrun(args.processes, args.nodes, args.rendezvous) + line)
     print(f"trained: {Path(folder, 'tokenizer')}")
 
-# %% ../nbs/12_cli.ipynb #b65e3c8b
+# %% ../nbs/12_cli.ipynb #58720ba1
 def evaluate_command(args: argparse.Namespace) -> None:
     "bitvae evaluate"
     if args.output and not Path(args.output).parent.is_dir():
@@ -124,12 +126,12 @@ def evaluate_command(args: argparse.Namespace) -> None:
     print(table(results))
     if args.output: print(f"written: {save_results(results, args.output)}")
 
-# %% ../nbs/12_cli.ipynb #0448275f
+# %% ../nbs/12_cli.ipynb #3fd9b97e
 def run_command(args: argparse.Namespace) -> None:
     "bitvae run"
     print(f"executed: {run_notebook(args.notebook, args.output, **dict(args.set))}")
 
-# %% ../nbs/12_cli.ipynb #531bb854
+# %% ../nbs/12_cli.ipynb #00f4bc91
 def describe_bits(bits: Bits) -> str:
     "What a bits file holds, as text."
     sizes = " ".join(f"{h}x{w}" for h, w in bits.schedule[: len(bits)])
@@ -147,13 +149,13 @@ def describe_tokenizer(tok: BitVAE) -> str:
         lines.append(f"{size}x{size}: {len(schedule)} scales, {bits:,} bits, {bits / size**2:.4f} bits per pixel")
     return "\n".join(lines)
 
-# %% ../nbs/12_cli.ipynb #7998b261
+# %% ../nbs/12_cli.ipynb #d24c46bb
 def info_command(args: argparse.Namespace) -> None:
     "bitvae info"
     if Path(args.what).suffix == ".bits": print(describe_bits(Bits.load(args.what)))
     else: print(describe_tokenizer(BitVAE.from_pretrained(args.what)))
 
-# %% ../nbs/12_cli.ipynb #e8a0acb4
+# %% ../nbs/12_cli.ipynb #8221d4aa
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     top = argparse.ArgumentParser("bitvae", description="The bitwise visual tokenizer: an image into bits, coarse to fine, and back.")
@@ -188,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("what", help="a folder, a checkpoint, a released name, or a .bits file")
     return top
 
-# %% ../nbs/12_cli.ipynb #64331d8b
+# %% ../nbs/12_cli.ipynb #656de15b
 def main(
     arguments: Sequence[str] | None = None,  # None: the command line's
 ) -> int:  # exit code

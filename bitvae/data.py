@@ -8,7 +8,7 @@ __all__ = ['ENDINGS', 'Source', 'Pictures', 'PLAIN', 'open_cached', 'IN_A_ROW', 
            'draw_square', 'cut', 'random_crop', 'shuffled', 'Crop', 'check_row', 'RandomCrops', 'as_tuple', 'draw_size',
            'Plan', 'leave_group', 'iterating', 'collate', 'ShardCrops', 'PassSampler', 'batches']
 
-# %% ../nbs/06_data.ipynb #a86e9d55
+# %% ../nbs/06_data.ipynb #a3981263
 import hashlib
 import os
 import random
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from .images import Encoded, ImageError, bundled_photographs, held_out_photographs, jpeg_size, open_image, to_tensor
 
-# %% ../nbs/06_data.ipynb #57f88468
+# %% ../nbs/06_data.ipynb #564c3acb
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
@@ -45,7 +45,7 @@ def parse_line(
     hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
     raise DataError(f"no such image file: {folder / path}{hint}")
 
-# %% ../nbs/06_data.ipynb #8eed7ebc
+# %% ../nbs/06_data.ipynb #a98f3109
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> list[Path]:
@@ -60,7 +60,7 @@ def read_list(
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #b970276f
+# %% ../nbs/06_data.ipynb #e7a55753
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -83,7 +83,7 @@ def image_files(
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
 
-# %% ../nbs/06_data.ipynb #1242a9a6
+# %% ../nbs/06_data.ipynb #63f2e7d5
 class HubImages(Sequence):
     "The pictures of a Hugging Face data set, in its first column of images."
 
@@ -105,7 +105,7 @@ class HubImages(Sequence):
         if value is None: raise ImageError(f"row {i} of the data set holds no picture")
         return Path(value["path"]) if value["bytes"] is None else Encoded(f"row {i} of the data set", value["bytes"])
 
-# %% ../nbs/06_data.ipynb #a71ec425
+# %% ../nbs/06_data.ipynb #3b61d362
 def hub_images(
     name: str,  # NAME, NAME:SPLIT, or a folder of `save_to_disk`
 ) -> HubImages:
@@ -121,32 +121,33 @@ def hub_images(
         rows = rows[split or "train"]
     return HubImages(rows)
 
-# %% ../nbs/06_data.ipynb #86e01394
+# %% ../nbs/06_data.ipynb #4d674cdb
 class Shards:
-    "Pictures in tar files, read in a stream."
+    "Pictures in tar files, read in a stream; raises `FileNotFoundError`, or `ImportError` without the package."
 
     def __init__(
         self,
-        source: str,  # path, glob, pattern in braces, or URL
+        *sources: str,  # path, glob, pattern in braces, or URL
     ):
-        from braceexpand import braceexpand
-
-        self.urls = [url for part in braceexpand(source) for url in (sorted(glob(part)) if set("*?[") & set(part) and "://" not in part else [part])]
-        if not self.urls: raise FileNotFoundError(f"no such shards: {source}")
+        try: from braceexpand import braceexpand
+        except ImportError as e: raise ImportError("tar shards need one more package: pip install 'bitvae[shards]'") from e
+        parts = [part for source in sources for part in braceexpand(source)]
+        self.urls = [url for part in parts for url in (sorted(glob(part)) if set("*?[") & set(part) and "://" not in part else [part])]
+        if not self.urls: raise FileNotFoundError(f"no such shards: {' '.join(sources)}")
         for url in self.urls:
             if "://" not in url and not Path(url).is_file(): raise FileNotFoundError(f"no such shard: {url}")
         self.fingerprint = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #f334fa00
+# %% ../nbs/06_data.ipynb #1c4f58cf
 def stream(
     shards: Shards,
     seed: Sequence[int],            # of the order
     report: Callable[[str, str], None],  # is told the name and reason of what cannot be read
     buffer: int = 256,              # pictures held back to mix them
 ) -> Iterator[Encoded]:
-    "Encoded pictures without end; raises `ImportError` without the package."
-    try: from webdataset import DataPipeline, ResampledShards, shuffle, tarfile_to_samples
-    except ImportError as e: raise ImportError("tar shards need one more package: pip install 'bitvae[shards]'") from e
+    "Encoded pictures without end."
+    from webdataset import DataPipeline, ResampledShards, shuffle, tarfile_to_samples
+
     def unreadable(e: Exception) -> bool: report(str(e.args[-1]), " ".join(map(str, e.args))); return True
 
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -156,19 +157,20 @@ def stream(
         if ending: yield Encoded(f"{name}.{ending}", sample[ending])
         else: report(name, f"{name} holds no picture")
 
-# %% ../nbs/06_data.ipynb #51e0f520
+# %% ../nbs/06_data.ipynb #76690937
 Pictures = Sequence[Path | Encoded] | Shards
 
 
 def open_source(
-    source: Source,  # see `image_files`; or "datasets:NAME", or a pattern of .tar files
+    source: Source,  # see `image_files`; or "datasets:NAME", or .tar files or patterns of such
 ) -> Pictures:
     "The pictures of a source; raises `FileNotFoundError`, `DataError` or `ImportError`."
     if isinstance(source, str) and source.startswith("datasets:"): return hub_images(source.removeprefix("datasets:"))
-    if isinstance(source, str | os.PathLike) and str(source).endswith(".tar"): return Shards(str(source))
+    several = [source] if isinstance(source, str | os.PathLike) else source
+    if several and all(str(s).endswith(".tar") for s in several): return Shards(*map(str, several))
     return image_files(source)
 
-# %% ../nbs/06_data.ipynb #45d232cf
+# %% ../nbs/06_data.ipynb #6b3344a8
 def fingerprint(
     pictures: Pictures,
 ) -> str:  # 16 hexadecimal digits for files: of their names and sizes, in order
@@ -176,7 +178,7 @@ def fingerprint(
     if hasattr(pictures, "fingerprint"): return pictures.fingerprint
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in pictures).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #86dd34d0
+# %% ../nbs/06_data.ipynb #d7ecdcdc
 class CropRule(NamedTuple):
     "How squares are drawn."
 
@@ -203,7 +205,7 @@ def draw_square(
     side = short / (1 if u[1] < rule.whole else zoom)
     return u[2] * (width - side), u[3] * (height - side), side
 
-# %% ../nbs/06_data.ipynb #24b86c7c
+# %% ../nbs/06_data.ipynb #66c2c538
 def cut(
     picture: Image.Image,                 # RGB
     square: tuple[float, float, float],   # left, top, side
@@ -233,7 +235,7 @@ def random_crop(
     picture = picture or open_image(file, scale=2 * size / square[2])  # twice the pixels leave the filter enough
     return cut(picture, square, size, full, mirror=u[4] < 0.5)
 
-# %% ../nbs/06_data.ipynb #709d7a1a
+# %% ../nbs/06_data.ipynb #d48956d6
 open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
 
 
@@ -246,7 +248,7 @@ def shuffled(
     "The order of the images in one epoch."
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
-# %% ../nbs/06_data.ipynb #38ab74ea
+# %% ../nbs/06_data.ipynb #a841fd87
 class Crop(NamedTuple):
     "A crop, and what had to be passed over for it."
 
@@ -263,7 +265,7 @@ def check_row(
     "Raise `DataError` where it is no use to go on."
     if len(broken) >= IN_A_ROW: raise DataError(f"{IN_A_ROW} pictures in a row cannot be used, the last one: {broken[-1][1]}")
 
-# %% ../nbs/06_data.ipynb #c42df838
+# %% ../nbs/06_data.ipynb #ff19b37d
 class RandomCrops(Dataset):
     "An endless sequence of crops: item (n, size) depends on (files, seed, n, size) alone, however it is reached."
 
@@ -294,7 +296,7 @@ class RandomCrops(Dataset):
         check_row(broken)
         raise DataError(f"no picture can be used, the last one: {broken[-1][1]}")
 
-# %% ../nbs/06_data.ipynb #72e8c47d
+# %% ../nbs/06_data.ipynb #e70c2a46
 def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]: return (v,) if isinstance(v, int) else tuple(v)
 
 
@@ -328,7 +330,7 @@ class Plan:
         first = (number * self.processes + self.rank) * max(batches)
         return [(n, sizes[i]) for n in range(first, first + batches[i])]
 
-# %% ../nbs/06_data.ipynb #ac88928a
+# %% ../nbs/06_data.ipynb #88db7329
 def leave_group(worker: int = 0) -> None:
     "Let signals to the group of the main process pass by; called in each process that loads images."
     os.setpgid(0, 0)
@@ -350,7 +352,7 @@ def collate(crops: Sequence[Crop]) -> Crop:
     "One batch of several crops."
     return Crop(torch.stack([c.x for c in crops]), tuple(b for c in crops for b in c.broken))
 
-# %% ../nbs/06_data.ipynb #cbc16238
+# %% ../nbs/06_data.ipynb #2150e4e1
 class ShardCrops(IterableDataset):
     "The batches of one process from shards; the squares depend on their numbers, the pictures on how they are read."
 
@@ -377,7 +379,7 @@ class ShardCrops(IterableDataset):
             except ImageError as e: report(picture.name, str(e))
         raise DataError("the shards hold no pictures")
 
-# %% ../nbs/06_data.ipynb #564a54e8
+# %% ../nbs/06_data.ipynb #8146f080
 class PassSampler:
     "The keys of every pass in a range."
 

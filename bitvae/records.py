@@ -8,7 +8,7 @@ __all__ = ['commit', 'run_record', 'RunExistsError', 'identity', 'begun', 'read_
            'progression', 'sample_grid', 'write_checkpoint', 'read_checkpoint', 'checkpoints', 'newest_checkpoint',
            'prune', 'to_bytes', 'from_bytes', 'plot_log']
 
-# %% ../nbs/07b_records.ipynb #1de56ac8
+# %% ../nbs/07b_records.ipynb #66fef46f
 import hashlib
 import importlib.metadata
 import io
@@ -33,7 +33,7 @@ from .quantizer import MultiScaleBSQ, binary_entropy, latent_from_bits
 from .recipes import FREE, TrainConfig, config_of_run, config_to_dict
 from .tokenizer import BitVAE, CheckpointError
 
-# %% ../nbs/07b_records.ipynb #1e167d1e
+# %% ../nbs/07b_records.ipynb #4855e6fe
 def commit() -> str | None:
     "The commit of the source this runs from, with -dirty where it was changed; None where git does not track it."
     def git(*arguments: str) -> str:
@@ -60,7 +60,7 @@ def run_record(
         "threads": torch.get_num_threads(),
     }
 
-# %% ../nbs/07b_records.ipynb #79f58522
+# %% ../nbs/07b_records.ipynb #869b843a
 class RunExistsError(FileExistsError):
     "The output folder holds a run already, and it is not this one, or was not meant to be continued."
 
@@ -74,7 +74,7 @@ def identity(
     rest = {k: list(v) if isinstance(v, tuple) else v for k, v in c.items() if k not in ("batch", "accumulate", *FREE)}
     return rest | {"crops per step": share} | record["images"]
 
-# %% ../nbs/07b_records.ipynb #1c73c1e4
+# %% ../nbs/07b_records.ipynb #18b7a2ae
 def begun(folder: Path) -> bool:
     "Whether a run in this folder took a step."
     log = folder / "metrics.jsonl"
@@ -121,7 +121,7 @@ def open_run(
             yield
     except Timeout: raise RunExistsError(f"another process is training in {folder}: stop it first, or choose another folder") from None
 
-# %% ../nbs/07b_records.ipynb #9222913f
+# %% ../nbs/07b_records.ipynb #a85b2359
 def read_log(file: Path) -> list[dict]:
     "The lines of metrics.jsonl, without one that was cut off by a kill; none where there is no file."
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
@@ -168,7 +168,7 @@ class Log:
         self.file.close(); self.events.close()
         if self.wandb: self.wandb.finish()
 
-# %% ../nbs/07b_records.ipynb #216fad6a
+# %% ../nbs/07b_records.ipynb #f6fda80d
 def weights_and_biases(
     project: str,
     folder: Path,  # of the run
@@ -180,7 +180,7 @@ def weights_and_biases(
     config = json.loads((folder / "run.json").read_text())
     return wandb.init(project=project, id=name, resume="allow", dir=str(folder), name=folder.name, config=config)
 
-# %% ../nbs/07b_records.ipynb #a5c5bcbf
+# %% ../nbs/07b_records.ipynb #0b696ff4
 class Broken:
     "Pictures that could not be used, of all processes."
 
@@ -213,7 +213,7 @@ class Broken:
             raise DataError(f"{len(self.names)} of {total} pictures cannot be used, more than max_broken={self.allowed:g} allows, the last one: "
                             f"{found[-1][1] if found else sorted(self.names)[-1]} (all in {self.file})")  # fmt: skip
 
-# %% ../nbs/07b_records.ipynb #2279cd97
+# %% ../nbs/07b_records.ipynb #cd4c25eb
 def scale_name(plane: Tensor) -> str: return "x".join(map(str, plane.shape[1:3]))
 
 
@@ -225,7 +225,7 @@ def bit_use(bits: Bits) -> dict[str, dict[str, float]]:
     names = [scale_name(p) for p in bits]
     return {what: {n: round(max(row[i], 0.0), 4) for n, row in zip(names, table, strict=True)} for i, what in enumerate(("ones", "entropy"))}
 
-# %% ../nbs/07b_records.ipynb #d151c777
+# %% ../nbs/07b_records.ipynb #12d7a4f6
 class CollapseWarning(UserWarning):
     "A scale gave the same bits for every picture for many steps."
 
@@ -250,7 +250,7 @@ class CollapseWatch:
             warnings.warn(f"step {step}: scale {name} has collapsed, its bits were the same for every picture for {steps} steps: "
                           "lower lr, or train with more scale dropping", CollapseWarning, stacklevel=2)  # fmt: skip
 
-# %% ../nbs/07b_records.ipynb #7ae7cb17
+# %% ../nbs/07b_records.ipynb #5527f130
 @torch.no_grad()
 def progression(
     tok: BitVAE,
@@ -272,7 +272,7 @@ def sample_grid(
     rows = torch.stack([x, *(p.clamp(-1, 1) for p in pictures)], dim=1)
     return make_grid(rows.flatten(0, 1).cpu(), nrow=rows.shape[1], padding=2, pad_value=1.0)
 
-# %% ../nbs/07b_records.ipynb #61bc47cb
+# %% ../nbs/07b_records.ipynb #cc601692
 def write_checkpoint(
     folder: Path,                  # checkpoints/step-00005000
     files: Mapping[str, bytes],    # by name
@@ -295,7 +295,7 @@ def write_checkpoint(
         raise OSError(e.errno, f"cannot write {folder} ({e.strerror}): make room; earlier checkpoints are kept, and resuming goes on from them") from e
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/07b_records.ipynb #c87f4205
+# %% ../nbs/07b_records.ipynb #e1e19987
 def read_checkpoint(
     folder: Path,
 ) -> dict[str, object]:  # of `write_checkpoint`: info and sha256, and "files", their content
@@ -329,7 +329,7 @@ def newest_checkpoint(
     if damaged: raise CheckpointError(f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): bring one back, or begin anew in another folder")
     return None
 
-# %% ../nbs/07b_records.ipynb #1d1f1902
+# %% ../nbs/07b_records.ipynb #b3b9aea3
 def prune(
     folder: Path,  # of all checkpoints
     keep: int,     # how many of the newest
@@ -344,7 +344,7 @@ def prune(
     for path in there[:-keep]:
         if path != best: shutil.rmtree(path)
 
-# %% ../nbs/07b_records.ipynb #bec78263
+# %% ../nbs/07b_records.ipynb #2e30b74e
 def to_bytes(state: Mapping) -> bytes:
     "Tensors, numbers and names, as `torch.save` writes them."
     buffer = io.BytesIO()
@@ -356,7 +356,7 @@ def from_bytes(content: bytes) -> dict:
     "The opposite; runs no code."
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
-# %% ../nbs/07b_records.ipynb #9414940d
+# %% ../nbs/07b_records.ipynb #7f45889e
 def plot_log(
     log: Sequence[Mapping],  # from `read_log`
     points: int = 50,        # to which the curves are averaged
@@ -364,14 +364,16 @@ def plot_log(
     "Curves of all that was logged; the last one shows the bits used per scale."
     from matplotlib import pyplot as plt
 
-    names = [n for n in dict.fromkeys(k for line in log for k in line) if n not in ("step", "ones", "entropy", "seconds")]
+    names = [n for n in dict.fromkeys(k for line in log for k, v in line.items() if isinstance(v, float)) if n != "seconds"]
     used = [line for line in log if "entropy" in line]
     scales = sorted({s for line in used for s in line["entropy"]}, key=lambda s: int(s.split("x")[0]))
-    fig, axes = plt.subplots(-(-(len(names) + 1) // 6), 6, figsize=(12, 1.8 * -(-(len(names) + 1) // 6)), layout="constrained", squeeze=False)
+    columns, rows = min(6, len(names) + 1), -(-(len(names) + 1) // 6)
+    fig, axes = plt.subplots(rows, columns, figsize=(2 * columns, 1.8 * rows), layout="constrained", squeeze=False)
     window = max(1, len(log) // points)
     for ax, name in zip(axes.flat, names, strict=False):
         values = torch.tensor([line.get(name, torch.nan) for line in log])[: len(log) // window * window]
-        ax.plot([line["step"] for line in log][: len(values) : window], values.reshape(-1, window).nanmean(1)); ax.set_title(name, fontsize=9)
+        means, at = values.reshape(-1, window).nanmean(1), torch.tensor([line["step"] for line in log][: len(values) : window])
+        ax.plot(at[means.isfinite()], means[means.isfinite()]); ax.set_title(name, fontsize=9)
     for i, scale in enumerate(scales):
         at = [(line["step"], line["entropy"][scale]) for line in used if scale in line["entropy"]]
         axes.flat[len(names)].plot(*zip(*at, strict=True), color=plt.cm.viridis(i / len(scales)), label=scale, linewidth=0.8)

@@ -7,10 +7,10 @@ __all__ = ['FUSED', 'CRITIC_RATE', 'PIXELS', 'LAUNCHER', 'FORESEEN', 'set_latent
            'start_critic', 'TrainingDiverged', 'adamw', 'update', 'Trainer', 'set_up', 'train_step', 'backward',
            'step_seed', 'save_checkpoint', 'load_checkpoint', 'validation_pictures', 'validate', 'agree', 'gathered',
            'Interrupted', 'alive', 'StopSignals', 'naming_causes', 'time_left', 'progress', 'begin', 'crop_rule',
-           'train', 'add_arguments', 'train_from', 'main', 'ProcessesFailed', 'torchrun', 'arguments_for',
-           'run_processes', 'failure']
+           'announce', 'Recorder', 'train', 'add_arguments', 'train_from', 'main', 'ProcessesFailed', 'torchrun',
+           'arguments_for', 'run_processes', 'failure']
 
-# %% ../nbs/08_training.ipynb #7524ca50
+# %% ../nbs/08_training.ipynb #576385b7
 import argparse
 import itertools
 import json
@@ -36,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .architecture import PatchDiscriminator, checkpoint_activations, our_name
 from .bits import Bits
 from .data import CropRule, DataError, Pictures, Plan, Shards, Source, as_tuple, batches, image_files, iterating, open_source
-from .estimate import estimate
+from .estimate import Estimate, estimate
 from .images import held_out_photographs, load_image, save_image
 from .losses import Distance, discriminator_loss, generator_loss, perceptual_distance
 from .quantizer import MultiScaleBSQ
@@ -45,7 +45,7 @@ from .records import progression, prune, read_record, run_record, sample_grid, t
 from .recipes import RECIPES, TrainConfig, parse_setting, rate, recipe
 from .tokenizer import BitVAE, CheckpointError, read_weights, tokenizer_files
 
-# %% ../nbs/08_training.ipynb #2a9a4b46
+# %% ../nbs/08_training.ipynb #65524f60
 @torch.no_grad()
 def set_latent_norm(
     encoder: nn.Module,
@@ -56,7 +56,7 @@ def set_latent_norm(
     factor = norm / encoder(x).norm(dim=1).mean()
     for p in encoder.conv_out.parameters(): p.mul_(factor)
 
-# %% ../nbs/08_training.ipynb #08b54a9b
+# %% ../nbs/08_training.ipynb #f19fa01a
 def resolved(
     config: TrainConfig,
     folder: Path,  # of the run
@@ -94,7 +94,7 @@ def start_critic(
     weights = read_weights(path).get("image_disc")
     return weights and {our_name(name.removeprefix("module.")): w for name, w in weights.items()}
 
-# %% ../nbs/08_training.ipynb #c02c70bb
+# %% ../nbs/08_training.ipynb #56e3a563
 class TrainingDiverged(RuntimeError):
     "The loss or the gradient became infinite or no number; the message says at which step and what is kept."
 
@@ -110,7 +110,7 @@ def adamw(
     trained = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=trained[0].device.type in FUSED)
 
-# %% ../nbs/08_training.ipynb #a2415d3c
+# %% ../nbs/08_training.ipynb #04c05e00
 def update(
     optimizer: torch.optim.Optimizer,
     loss: Tensor,     # scalar, whose gradient is there already
@@ -126,7 +126,7 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     return norm
 
-# %% ../nbs/08_training.ipynb #8d77b6fb
+# %% ../nbs/08_training.ipynb #95ea3d90
 CRITIC_RATE = 2.0  # the critic's learning rate, as a multiple of the tokenizer's
 
 
@@ -175,7 +175,7 @@ def set_up(tok: BitVAE, config: TrainConfig) -> BitVAE:
     for part in (tok.encoder, tok.decoder) if config.compile else (): part.compile()
     return tok.train()
 
-# %% ../nbs/08_training.ipynb #8a06a897
+# %% ../nbs/08_training.ipynb #ca130958
 PIXELS = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
@@ -210,7 +210,7 @@ def train_step(
     t.done += 1
     return parts, made[-1][-1]
 
-# %% ../nbs/08_training.ipynb #fdec52c5
+# %% ../nbs/08_training.ipynb #b38fd020
 def backward(
     accelerator,         # an `accelerate.Accelerator`
     model: nn.Module,    # whose gradients the processes exchange
@@ -231,7 +231,7 @@ def step_seed(seed: int, step: int) -> int:
     "The seed of all that is random in one step: the same for all processes, which must drop the same scales."
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
-# %% ../nbs/08_training.ipynb #bf3e2b66
+# %% ../nbs/08_training.ipynb #46ebc3ec
 def save_checkpoint(
     t: Trainer,
     folder: Path,       # of all checkpoints
@@ -264,7 +264,7 @@ def load_checkpoint(
     except (KeyError, RuntimeError, ValueError) as e:
         raise CheckpointError(f"the checkpoint is of another run: {str(e).splitlines()[0]}") from None
 
-# %% ../nbs/08_training.ipynb #f0c7f703
+# %% ../nbs/08_training.ipynb #fb5e18f1
 def validation_pictures(
     source: Source | None,  # None: scikit-image's photographs
     size: int,              # pixels
@@ -280,7 +280,7 @@ def validate(
     x: Tensor,     # from `validation_pictures`
     folder: Path,  # of the run
     log: Log,
-) -> float:  # pixels and perceptual distance
+) -> dict[str, object]:  # the loss, pixels and perceptual distance; and how the bits are used
     "Look at the validation pictures; raises `TrainingDiverged` if their loss is no number."
     x = x.to(t.accelerator.device)
     pictures, bits = progression(t.evaluated, x)
@@ -291,9 +291,9 @@ def validate(
     grid = sample_grid(x[:4], [p[:4] for p in pictures])
     save_image(grid, folder / "samples" / f"step-{t.done:08}.png")
     log.picture(t.done, grid)
-    return loss.item()
+    return {"validation": loss.item(), "validation_entropy": bit_use(bits)["entropy"]}
 
-# %% ../nbs/08_training.ipynb #ee436305
+# %% ../nbs/08_training.ipynb #4ef690da
 def agree(
     values: Mapping[str, float | Tensor],  # the same names on all processes
     accelerator,                           # an `accelerate.Accelerator`
@@ -312,7 +312,7 @@ def gathered(
 
     return gather_object(list(found))
 
-# %% ../nbs/08_training.ipynb #5d1b9efb
+# %% ../nbs/08_training.ipynb #8587c9bc
 class Interrupted(KeyboardInterrupt):
     "The run was stopped from outside; its checkpoint is kept, and the message says how to go on."
 
@@ -350,7 +350,7 @@ class StopSignals:
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
 
-# %% ../nbs/08_training.ipynb #0e6fdb59
+# %% ../nbs/08_training.ipynb #c9d746c6
 @contextmanager
 def naming_causes(
     t: Trainer,
@@ -392,7 +392,7 @@ def progress(
 
     return tqdm(total=config.steps, initial=done, desc=f"train {config.name}", unit="step", mininterval=0.5, dynamic_ncols=True, disable=not show)
 
-# %% ../nbs/08_training.ipynb #f9126f82
+# %% ../nbs/08_training.ipynb #2e5b78da
 def begin(
     config: TrainConfig,
     accelerator,
@@ -414,7 +414,43 @@ def begin(
 
 def crop_rule(config: TrainConfig) -> CropRule: return CropRule(config.max_zoom, config.whole, config.upscale)
 
-# %% ../nbs/08_training.ipynb #1a618381
+
+def announce(t: Trainer, cost: Estimate, pictures: Pictures) -> None:
+    "Say what the run costs, and where it goes on."
+    print(cost)
+    others = ", with other pictures of the shards" if isinstance(pictures, Shards) else ""
+    if t.done: print(f"going on from step {t.done} of {t.config.steps}{others}")
+
+# %% ../nbs/08_training.ipynb #1c77267e
+class Recorder:
+    "Writes the records of a run, in its folder; one of the processes has one."
+
+    def __init__(self, t: Trainer, folder: Path, log: Log, seen: Tensor, images: float):
+        self.t, self.folder, self.log, self.seen, self.images = t, folder, log, seen, images  # seen: validation pictures; images: per step
+        self.watch, self.seconds, self.every = CollapseWatch(), [], max(1, t.config.steps // 1000)
+
+    def __call__(
+        self,
+        parts: dict,      # losses and gradient norms by name
+        bits: Bits,       # of the step
+        seconds: float,   # it took
+        last: bool,       # a checkpoint is due now in any case
+        bar,              # from `progress`
+    ) -> None:
+        "Record the step that was just done."
+        t, c = self.t, self.t.config
+        self.seconds.append(seconds)
+        self.watch(t.done, bits)
+        parts = parts | {"seconds": round(seconds, 4)} | (bit_use(bits) if (t.done - 1) % self.every == 0 else {})
+        due = last or t.done % c.checkpoint_every == 0
+        if due: parts |= validate(t, self.seen, self.folder, self.log)
+        self.log(t.done - 1, parts)
+        if due: save_checkpoint(t, self.folder / "checkpoints", parts["validation"])
+        bar.set_postfix({k: f"{parts[k]:.3f}" for k in ("loss", "pixels", "latent")}, refresh=False)
+        bar.update()  # only now, as nobody may be left to read it
+        if len(self.seconds) == 20: bar.write(time_left(self.seconds[5:], c.steps - t.done, self.images, t.accelerator.num_processes))
+
+# %% ../nbs/08_training.ipynb #46e5573a
 def train(
     config: TrainConfig,              # from `recipe`
     images: Source = "bundled",       # see `open_source`
@@ -430,42 +466,34 @@ def train(
 
     if workers < 0: raise ValueError(f"workers must be 0 or more, got {workers}")
     accelerator, folder, pictures = Accelerator(cpu=not torch.cuda.is_available()), Path(folder), open_source(images)
-    config, main, processes, kept = resolved(config, folder), accelerator.is_main_process, accelerator.num_processes, folder / "checkpoints"
-    seen, count = validation_pictures(validation, min(as_tuple(config.size))), len(pictures) if hasattr(pictures, "__len__") else None
-    perceptual, record = perceptual or perceptual_distance(config.perceptual), run_record(config, pictures, accelerator)
+    config, main, processes = resolved(config, folder), accelerator.is_main_process, accelerator.num_processes
+    seen, perceptual = validation_pictures(validation, min(as_tuple(config.size))), perceptual or perceptual_distance(config.perceptual)
+    record, cost = run_record(config, pictures, accelerator), estimate(config, perceptual, processes)
     check_run(folder, record, resume)
-    t, cost = begin(config, accelerator, pictures, perceptual, kept), estimate(config, perceptual, processes)
-    say = print if main else lambda *_: None
-    say(cost)
-    if t.done: say(f"going on from step {t.done} of {config.steps}" + (", with other pictures of the shards" if isinstance(pictures, Shards) else ""))
+    t = begin(config, accelerator, pictures, perceptual, folder / "checkpoints")
+    if main: announce(t, cost, pictures)
     plan = Plan(config.size, config.batch, config.seed, accelerator.process_index, processes, config.accumulate)
     loader = batches(pictures, plan, range(t.done, config.steps), crop_rule(config), workers)
-    watch, broken, seconds, every = CollapseWatch(), Broken(folder, t.done, count, config.max_broken), [], max(1, config.steps // 1000)
+    broken = Broken(folder, t.done, record["images"]["count"], config.max_broken)
 
-    with open_run(folder, record) if main else nullcontext(), Log(folder, t.done, wandb) if main else nullcontext() as log, \
-            StopSignals() as stop, progress(config, t.done, main) as bar, naming_causes(t, kept), iterating(loader) as crops_of_pass:  # fmt: skip
+    with open_run(folder, record) if main else nullcontext(), Log(folder, t.done, wandb) if main else nullcontext() as log, StopSignals() as stop, \
+            progress(config, t.done, main) as bar, naming_causes(t, folder / "checkpoints"), iterating(loader) as crops_of_pass:  # fmt: skip
+        write = Recorder(t, folder, log, seen, cost.images) if main else None
         while t.done < config.steps:
             start, crops = time.monotonic(), list(itertools.islice(crops_of_pass, config.accumulate))
             parts, bits = train_step(t, [c.x.to(accelerator.device, memory_format=t.layout, non_blocking=True) for c in crops])
             found = [b for c in crops for b in c.broken]
             parts = agree(parts | {"stop": stop.check() is not None, "broken": len(found)}, accelerator)
-            stopped, any_broken = parts.pop("stop") > 0, parts.pop("broken") > 0
-            if any_broken: broken(t.done - 1, round(t.done * cost.images), gathered(found, accelerator), main)
-            seconds.append(time.monotonic() - start)
-            if main:
-                watch(t.done, bits)
-                log(t.done - 1, parts | {"seconds": round(seconds[-1], 4)} | (bit_use(bits) if (t.done - 1) % every == 0 else {}))
-                if stopped or t.done % config.checkpoint_every == 0 or t.done == config.steps: save_checkpoint(t, kept, validate(t, seen, folder, log))
-                bar.set_postfix({k: f"{parts[k]:.3f}" for k in ("loss", "pixels", "latent")}, refresh=False)
-                bar.update()  # only now, as nobody may be left to read it
-                if len(seconds) == 20: bar.write(time_left(seconds[5:], config.steps - t.done, cost.images, processes))
+            stopped = parts.pop("stop") > 0
+            if parts.pop("broken"): broken(t.done - 1, round(t.done * cost.images), gathered(found, accelerator), main)
+            if main: write(parts, bits, time.monotonic() - start, stopped or t.done == config.steps, bar)
             if stopped and t.done < config.steps:
-                raise Interrupted(f"{stop.received or 'a signal'} after step {t.done} of {config.steps}: {kept}/step-{t.done:08} is kept, running the same again goes on")
+                raise Interrupted(f"{stop.received or 'a signal'} after step {t.done} of {config.steps}: its checkpoint is in {folder}, running the same again goes on")
         if main: t.evaluated.save_pretrained(folder / "tokenizer")
         accelerator.wait_for_everyone()
     return folder / "tokenizer"
 
-# %% ../nbs/08_training.ipynb #200846ec
+# %% ../nbs/08_training.ipynb #41086bf8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     "The arguments of `train`, for a command line."
     source = {"metavar": "SOURCE"}
@@ -500,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # exit code
 
 FORESEEN = (ValueError, TypeError, OSError, ImportError, TrainingDiverged)
 
-# %% ../nbs/08_training.ipynb #2d61545c
+# %% ../nbs/08_training.ipynb #b6b31eb8
 class ProcessesFailed(RuntimeError):
     "A process of a run over several failed; the message says which, and why."
 
@@ -536,7 +564,7 @@ def arguments_for(
     line += ["--wandb", wandb] if wandb else []
     return line + [a for name, value in overrides.items() for a in ("--set", f"{name}={json.dumps(value)}")]
 
-# %% ../nbs/08_training.ipynb #16b148a4
+# %% ../nbs/08_training.ipynb #e10d923c
 def run_processes(
     command: Sequence[str],  # from `torchrun` and `arguments_for`
 ) -> None:
@@ -572,6 +600,6 @@ def failure(
     who = f"rank {found[0][1]} ended with exit code {found[1][1]}" if all(found) else f"torchrun ended with exit code {code}"
     return ProcessesFailed(f"{who}, and the others were stopped (-9: killed, often for want of memory); its last words are above. Running the same again goes on from the last checkpoint")
 
-# %% ../nbs/08_training.ipynb #d23b9431
+# %% ../nbs/08_training.ipynb #0dd03d91
 #| eval: false
 if __name__ == "__main__": sys.exit(main())
