@@ -8,7 +8,7 @@ __all__ = ['ENDINGS', 'Source', 'Pictures', 'PLAIN', 'open_cached', 'IN_A_ROW', 
            'draw_square', 'cut', 'random_crop', 'shuffled', 'Crop', 'check_row', 'RandomCrops', 'as_tuple', 'draw_size',
            'Plan', 'leave_group', 'iterating', 'collate', 'ShardCrops', 'PassSampler', 'batches']
 
-# %% ../nbs/06_data.ipynb #a3981263
+# %% ../nbs/06_data.ipynb #2d96b5d6
 import hashlib
 import os
 import random
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from .images import Encoded, ImageError, bundled_photographs, held_out_photographs, jpeg_size, open_image, to_tensor
 
-# %% ../nbs/06_data.ipynb #564c3acb
+# %% ../nbs/06_data.ipynb #7221fd66
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
@@ -40,12 +40,12 @@ def parse_line(
 ) -> Path:
     "The path in `path`, `path label` or `path height width`; raises `DataError`."
     path = re.sub(r"(\s+\d+){1,2}$", "", line.strip())
-    found = next((p for p in (folder / line.strip(), folder / path) if p.is_file()), None)
+    found = next((p for p in (folder / path, folder / line.strip()) if p.is_file()), None)
     if found: return found
     hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
     raise DataError(f"no such image file: {folder / path}{hint}")
 
-# %% ../nbs/06_data.ipynb #a98f3109
+# %% ../nbs/06_data.ipynb #1d3f5309
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> list[Path]:
@@ -60,7 +60,7 @@ def read_list(
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #e7a55753
+# %% ../nbs/06_data.ipynb #7db856bb
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
@@ -83,7 +83,7 @@ def image_files(
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
 
-# %% ../nbs/06_data.ipynb #63f2e7d5
+# %% ../nbs/06_data.ipynb #9611216b
 class HubImages(Sequence):
     "The pictures of a Hugging Face data set, in its first column of images."
 
@@ -105,7 +105,7 @@ class HubImages(Sequence):
         if value is None: raise ImageError(f"row {i} of the data set holds no picture")
         return Path(value["path"]) if value["bytes"] is None else Encoded(f"row {i} of the data set", value["bytes"])
 
-# %% ../nbs/06_data.ipynb #3b61d362
+# %% ../nbs/06_data.ipynb #a1bba42d
 def hub_images(
     name: str,  # NAME, NAME:SPLIT, or a folder of `save_to_disk`
 ) -> HubImages:
@@ -121,7 +121,7 @@ def hub_images(
         rows = rows[split or "train"]
     return HubImages(rows)
 
-# %% ../nbs/06_data.ipynb #4d674cdb
+# %% ../nbs/06_data.ipynb #3fc03412
 class Shards:
     "Pictures in tar files, read in a stream; raises `FileNotFoundError`, or `ImportError` without the package."
 
@@ -138,7 +138,7 @@ class Shards:
             if "://" not in url and not Path(url).is_file(): raise FileNotFoundError(f"no such shard: {url}")
         self.fingerprint = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #1c4f58cf
+# %% ../nbs/06_data.ipynb #2bf13206
 def stream(
     shards: Shards,
     seed: Sequence[int],            # of the order
@@ -157,7 +157,7 @@ def stream(
         if ending: yield Encoded(f"{name}.{ending}", sample[ending])
         else: report(name, f"{name} holds no picture")
 
-# %% ../nbs/06_data.ipynb #76690937
+# %% ../nbs/06_data.ipynb #27c8df37
 Pictures = Sequence[Path | Encoded] | Shards
 
 
@@ -170,7 +170,7 @@ def open_source(
     if several and all(str(s).endswith(".tar") for s in several): return Shards(*map(str, several))
     return image_files(source)
 
-# %% ../nbs/06_data.ipynb #6b3344a8
+# %% ../nbs/06_data.ipynb #2aaa849e
 def fingerprint(
     pictures: Pictures,
 ) -> str:  # 16 hexadecimal digits for files: of their names and sizes, in order
@@ -178,7 +178,7 @@ def fingerprint(
     if hasattr(pictures, "fingerprint"): return pictures.fingerprint
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in pictures).encode()).hexdigest()[:16]
 
-# %% ../nbs/06_data.ipynb #d7ecdcdc
+# %% ../nbs/06_data.ipynb #dfda2957
 class CropRule(NamedTuple):
     "How squares are drawn."
 
@@ -205,7 +205,7 @@ def draw_square(
     side = short / (1 if u[1] < rule.whole else zoom)
     return u[2] * (width - side), u[3] * (height - side), side
 
-# %% ../nbs/06_data.ipynb #66c2c538
+# %% ../nbs/06_data.ipynb #721c1afe
 def cut(
     picture: Image.Image,                 # RGB
     square: tuple[float, float, float],   # left, top, side
@@ -235,7 +235,7 @@ def random_crop(
     picture = picture or open_image(file, scale=2 * size / square[2])  # twice the pixels leave the filter enough
     return cut(picture, square, size, full, mirror=u[4] < 0.5)
 
-# %% ../nbs/06_data.ipynb #d48956d6
+# %% ../nbs/06_data.ipynb #70a1143d
 open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
 
 
@@ -248,7 +248,7 @@ def shuffled(
     "The order of the images in one epoch."
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
-# %% ../nbs/06_data.ipynb #a841fd87
+# %% ../nbs/06_data.ipynb #0ae85425
 class Crop(NamedTuple):
     "A crop, and what had to be passed over for it."
 
@@ -265,7 +265,7 @@ def check_row(
     "Raise `DataError` where it is no use to go on."
     if len(broken) >= IN_A_ROW: raise DataError(f"{IN_A_ROW} pictures in a row cannot be used, the last one: {broken[-1][1]}")
 
-# %% ../nbs/06_data.ipynb #ff19b37d
+# %% ../nbs/06_data.ipynb #aaf9c6ce
 class RandomCrops(Dataset):
     "An endless sequence of crops: item (n, size) depends on (files, seed, n, size) alone, however it is reached."
 
@@ -286,7 +286,7 @@ class RandomCrops(Dataset):
         epoch, first = divmod(n, len(self.files))
         order = shuffled(len(self.files), self.seed, epoch)
         for i in range(first, first + min(IN_A_ROW, len(order))):
-            rng = np.random.default_rng([self.seed, 1, n])
+            rng, file = np.random.default_rng([self.seed, 1, n]), f"picture {order[i % len(order)]}"
             try:
                 file = self.files[order[i % len(order)]]
                 return Crop(random_crop(open_cached(file) if self.cached else file, size, rng, self.rule), tuple(broken))
@@ -296,7 +296,7 @@ class RandomCrops(Dataset):
         check_row(broken)
         raise DataError(f"no picture can be used, the last one: {broken[-1][1]}")
 
-# %% ../nbs/06_data.ipynb #e70c2a46
+# %% ../nbs/06_data.ipynb #61725e0f
 def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]: return (v,) if isinstance(v, int) else tuple(v)
 
 
@@ -327,10 +327,11 @@ class Plan:
         "The crops of one pass."
         sizes, batches = as_tuple(self.size), as_tuple(self.batch)
         i = draw_size(self.seed, number // self.passes, len(sizes)) if len(sizes) > 1 else 0
-        first = (number * self.processes + self.rank) * max(batches)
+        step, part = divmod(number, self.passes)
+        first = step * self.passes * self.processes * max(batches) + (part * self.processes + self.rank) * batches[i]
         return [(n, sizes[i]) for n in range(first, first + batches[i])]
 
-# %% ../nbs/06_data.ipynb #88db7329
+# %% ../nbs/06_data.ipynb #6cdefdea
 def leave_group(worker: int = 0) -> None:
     "Let signals to the group of the main process pass by; called in each process that loads images."
     os.setpgid(0, 0)
@@ -352,7 +353,7 @@ def collate(crops: Sequence[Crop]) -> Crop:
     "One batch of several crops."
     return Crop(torch.stack([c.x for c in crops]), tuple(b for c in crops for b in c.broken))
 
-# %% ../nbs/06_data.ipynb #2150e4e1
+# %% ../nbs/06_data.ipynb #fbc3d7ff
 class ShardCrops(IterableDataset):
     "The batches of one process from shards; the squares depend on their numbers, the pictures on how they are read."
 
@@ -379,7 +380,7 @@ class ShardCrops(IterableDataset):
             except ImageError as e: report(picture.name, str(e))
         raise DataError("the shards hold no pictures")
 
-# %% ../nbs/06_data.ipynb #8146f080
+# %% ../nbs/06_data.ipynb #a2a8b473
 class PassSampler:
     "The keys of every pass in a range."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Players', 'forward_pass', 'cost', 'Estimate', 'estimate']
 
-# %% ../nbs/07a_estimate.ipynb #2ba9cb16
+# %% ../nbs/07a_estimate.ipynb #79a72886
 import copy
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from .losses import Distance
 from .recipes import TrainConfig
 from .tokenizer import BitVAE
 
-# %% ../nbs/07a_estimate.ipynb #7112f8e6
+# %% ../nbs/07a_estimate.ipynb #1c919503
 class Players(nn.Module):
     "The networks of a recipe, on the meta device."
 
@@ -33,7 +33,7 @@ class Players(nn.Module):
         if config.activation_checkpointing: checkpoint_activations(self.tok)
         if config.freeze != "none": getattr(self.tok, config.freeze).requires_grad_(False)
 
-# %% ../nbs/07a_estimate.ipynb #f9395f31
+# %% ../nbs/07a_estimate.ipynb #e1afa7af
 def forward_pass(
     p: Players,
     x: Tensor,  # (B, 3, size, size), on the meta device
@@ -55,7 +55,7 @@ def cost(
     with FlopCounterMode(display=False) as counter: forward_pass(p, x).backward()
     return counter.get_total_flops(), kept_bytes(lambda: forward_pass(p, x), p)
 
-# %% ../nbs/07a_estimate.ipynb #5bf3d86b
+# %% ../nbs/07a_estimate.ipynb #e9164bb8
 @dataclass(frozen=True)
 class Estimate:
     "What a run costs; `str()` says it in words."
@@ -71,11 +71,11 @@ class Estimate:
         m = ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in self.parameters.items())
         total, weights, activations = (f"{n / 2**30:.3g} GiB" for n in (self.weights + self.activations, self.weights, self.activations))
         lines = [f"parameters   {m}",
-                 f"memory       about {total} per device: weights and optimizer {weights}, activations {activations}",
+                 f"memory       about {total} per device: weights and optimizer {weights}, activations {activations} (in float32)",
                  f"arithmetic   {self.flop / 1e9:,.1f} GFLOP per step and device, {round(self.images, 1):g} images per step"]  # fmt: skip
         return "\n".join(lines + [f"{f'{s} px':<12} {t:,} tokens, {b:,} bits per image ({b / s**2:.3f} bits per pixel)" for s, (t, b) in self.bits.items()])
 
-# %% ../nbs/07a_estimate.ipynb #dd42a7a2
+# %% ../nbs/07a_estimate.ipynb #c67c3fef
 def estimate(
     config: TrainConfig,                 # with a model
     perceptual: Distance | None = None,  # counts if it is a module
@@ -91,7 +91,7 @@ def estimate(
     costs = [cost(p, torch.zeros(b, 3, s, s, device="meta")) for s, b in zip(sizes, batches, strict=True)]
     tokens = {s: sum(h * w for h, w in scale_schedule(s // c.stride, s // c.stride, c.mode)) for s in sizes}
     return Estimate(
-        parameters=counts, weights=4 * (sum(counts.values()) + 3 * trained + averaged), activations=max(kept for _, kept in costs),
+        parameters=counts, weights=4 * (sum(counts.values()) + (3 + (processes > 1)) * trained + averaged), activations=max(kept for _, kept in costs),
         flop=config.accumulate * sum(flop for flop, _ in costs) / len(costs),
         images=config.accumulate * processes * sum(batches) / len(batches),
         bits={s: (t, t * c.dim) for s, t in tokens.items()},

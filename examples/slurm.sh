@@ -32,7 +32,8 @@ export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RECIPE OVERRIDES IMAGES RUN PROCESSES WORKERS PORT BITVAE
 
 # SLURM_NODEID numbers the machines: each keeps an executed notebook of its own, the first one's is the record
-exec srun --kill-on-bad-exit=1 bash -c '
+# srun does not take over --cpus-per-task by itself; when one machine fails for good, the others are not left waiting
+exec srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
   exec "$BITVAE" run nbs/experiments/train.ipynb "$RUN/train-node$SLURM_NODEID.ipynb" \
     --set recipe="$RECIPE" --set overrides="$OVERRIDES" --set images="$IMAGES" --set folder="$RUN" \
     --set workers="$WORKERS" --set processes="$PROCESSES" --set nodes="$NODES" --set rendezvous="$FIRST:$PORT"

@@ -137,7 +137,7 @@ def test_a_run_can_be_looked_at_while_it_is_unfinished(tmp_path):
 
 # clusters
 
-STUBS = {"srun": 'shift; for id in 0 1; do SLURM_NODEID=$id "$@" & done; wait -n || exit 1; wait -n', "scontrol": "echo 127.0.0.1; echo other"}
+STUBS = {"srun": 'while [[ $1 == --* ]]; do shift; done; for id in 0 1; do SLURM_NODEID=$id "$@" & done; wait -n || exit 1; wait -n', "scontrol": "echo 127.0.0.1; echo other"}
 
 
 def test_slurm_script(tmp_path):
