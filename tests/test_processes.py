@@ -144,6 +144,16 @@ def test_a_signal_reaches_all_processes(tmp_path, sent):
     assert done == len(read_log(tmp_path / "metrics.jsonl")) and not (tmp_path / "tokenizer").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_checkpoint(tmp_path, rank):
+    process, relatives, ranks = begin(tmp_path, *train_command(tmp_path))
+    next(p for p in ranks if p.environ()["RANK"] == str(rank)).send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "running the same again goes on" in said
+    wait_for(lambda: gone(relatives), 10)
+    assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] == len(read_log(tmp_path / "metrics.jsonl"))
+
+
 def test_a_process_that_dies_stops_the_run_and_is_named(tmp_path):
     process, relatives, ranks = begin(tmp_path, *train_command(tmp_path, checkpoint_every=2))
     ranks[1].kill()

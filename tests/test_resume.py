@@ -124,7 +124,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert state(finished(tmp_path)) == whole
 
 
-def test_two_runs_at_once_in_one_folder(tmp_path):
+def test_two_runs_at_once_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitvae.training.PatchDiscriminator", partial(PatchDiscriminator, 16))
     child = begin(tmp_path, config=replace(EVERYTHING, steps=500))
     while len(read_log(tmp_path / "metrics.jsonl")) < 1: time.sleep(0.01)
     with pytest.raises(RunExistsError, match="another process is training in"): train(replace(EVERYTHING, steps=500), "bundled", tmp_path)
