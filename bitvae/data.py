@@ -189,7 +189,7 @@ class CropRule(NamedTuple):
 
 PLAIN = CropRule()
 
-
+# %% ../nbs/06_data.ipynb #97644d8b
 def draw_square(
     width: int, height: int,  # of the picture, pixels
     size: int,                # side of the crop, pixels
@@ -220,7 +220,7 @@ def cut(
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else crop)[0]
 
-
+# %% ../nbs/06_data.ipynb #91749894
 def random_crop(
     file: Path | Encoded | Image.Image,
     size: int,                  # side of the result, pixels
@@ -299,7 +299,7 @@ class RandomCrops(Dataset):
 # %% ../nbs/06_data.ipynb #61725e0f
 def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]: return (v,) if isinstance(v, int) else tuple(v)
 
-
+# %% ../nbs/06_data.ipynb #5d96a8c5
 def draw_size(
     seed: int,   # of the run
     step: int,
@@ -308,7 +308,7 @@ def draw_size(
     "The size of one step, the same for all processes."
     return int(np.random.default_rng([seed, 2, step]).integers(count))
 
-
+# %% ../nbs/06_data.ipynb #df25e831
 @dataclass
 class Plan:
     "Which crops the steps of one process take: sizes, batches and their place among the processes."
@@ -388,7 +388,7 @@ class PassSampler:
     def __len__(self) -> int: return len(self.passes)
     def __iter__(self) -> Iterator[list[tuple[int, int]]]: return map(self.plan.of_pass, self.passes)
 
-
+# %% ../nbs/06_data.ipynb #9649ae2e
 def batches(
     pictures: Pictures,
     plan: Plan,

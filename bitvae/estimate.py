@@ -46,7 +46,7 @@ def forward_pass(
     if p.critic is not None: total = total + p.critic(y).sum() + p.critic(x).sum() + p.critic(y.detach()).sum()
     return total
 
-
+# %% ../nbs/07a_estimate.ipynb #c90e701e
 def cost(
     p: Players,
     x: Tensor,  # (B, 3, size, size), on the meta device

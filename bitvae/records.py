@@ -39,7 +39,7 @@ def read_log(file: Path) -> list[dict]:
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
-
+# %% ../nbs/07b_records.ipynb #b5dd6fa6
 def reopen(
     file: Path,
     done: int,  # steps that are kept
@@ -49,7 +49,7 @@ def reopen(
     with replacing(file) as part: part.write_text("".join(json.dumps(line) + "\n" for line in kept))
     return file.open("a")
 
-
+# %% ../nbs/07b_records.ipynb #04e2425d
 class Log:
     "A line of metrics per step, in metrics.jsonl and as TensorBoard events, and in a Weights & Biases project if one is named."
 
@@ -101,7 +101,7 @@ def commit() -> str | None:
     try: return git("ls-files", Path(__file__).name) and git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") or None
     except FileNotFoundError: return None
 
-
+# %% ../nbs/07b_records.ipynb #4dac0a07
 def run_record(
     config: TrainConfig,
     pictures: Pictures,
@@ -139,7 +139,7 @@ def begun(folder: Path) -> bool:
     log = folder / "metrics.jsonl"
     return (log.exists() and log.stat().st_size > 0) or any((folder / name).exists() for name in ("checkpoints", "tokenizer"))
 
-
+# %% ../nbs/07b_records.ipynb #c581f29e
 def read_record(folder: Path) -> tuple[TrainConfig, dict]:
     "The recipe of the run in this folder, and all of run.json; raises `RunExistsError` where it cannot be read."
     file = folder / "run.json"
@@ -150,7 +150,7 @@ def read_record(folder: Path) -> tuple[TrainConfig, dict]:
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise RunExistsError(f"{folder} already holds a run, and {file} cannot be read ({e!r}): choose another folder") from None
 
-
+# %% ../nbs/07b_records.ipynb #cfaaea3c
 def check_run(
     folder: Path,
     record: dict,  # from `run_record`
@@ -165,7 +165,7 @@ def check_run(
     if differing := [f"{k} ({theirs.get(k)!r} there, {v!r} here)" for k, v in ours.items() if theirs.get(k) != v]:
         raise RunExistsError(f"{what} with other values: {', '.join(differing)}; choose another folder")
 
-
+# %% ../nbs/07b_records.ipynb #066496d9
 def sessions(
     folder: Path,
     done: int,  # steps that the run goes on from
@@ -175,7 +175,7 @@ def sessions(
     old = read_record(folder)[1]
     return [*old.get("before", []), {"until": done} | {k: old[k] for k in ("versions", "commit", "device", "processes", "threads") if k in old}]
 
-
+# %% ../nbs/07b_records.ipynb #a16bd6f0
 @contextmanager
 def open_run(
     folder: Path,
@@ -276,7 +276,7 @@ def progression(
     bits = quantizer(tok.encoder(x)).bits
     return [tok.decoder(latent_from_bits(bits[:k])) for k in range(1, len(bits) + 1)], bits
 
-
+# %% ../nbs/07b_records.ipynb #2ad6532b
 def sample_grid(
     x: Tensor,                  # pictures (B, 3, H, W)
     pictures: Sequence[Tensor], # from `progression`
@@ -330,7 +330,7 @@ def checkpoints(
     "The checkpoints that are there, good or damaged."
     return sorted(folder.glob("step-*"))
 
-
+# %% ../nbs/07b_records.ipynb #4b080320
 def newest_checkpoint(
     folder: Path,  # of all of them
 ) -> tuple[Path, dict] | None:  # and its content; None where there is none at all

@@ -68,7 +68,7 @@ def resolved(
     model = read_record(folder)[0].model if begun(folder) else BitVAE.from_pretrained(config.start).config
     return replace(config, model=model)
 
-
+# %% ../nbs/08_training.ipynb #5d4f3830
 def start_tokenizer(
     config: TrainConfig,      # with a model
     x: Tensor | None = None,  # a batch of crops, for `start_norm`
@@ -83,7 +83,7 @@ def start_tokenizer(
     if tok.config != config.model: raise ValueError(f"recipe {config.name!r} trains {config.model}, but {config.start} is {tok.config}")
     return tok
 
-
+# %% ../nbs/08_training.ipynb #65b7e996
 def start_critic(
     start: str | None,  # a run, one of its checkpoints, or a published training checkpoint
 ) -> dict[str, Tensor] | None:  # our names; None where there is no critic
@@ -170,7 +170,7 @@ class Trainer:
         "For the networks; the quantizer leaves it, the losses are outside."
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-
+# %% ../nbs/08_training.ipynb #abb22fd8
 def set_up(tok: BitVAE, config: TrainConfig) -> BitVAE:
     "Freeze, checkpoint and compile the networks as the recipe says."
     if config.freeze != "none": getattr(tok, config.freeze).requires_grad_(False)
@@ -229,7 +229,7 @@ def backward(
         losses.append(loss.detach()); parts.append(more)
     return torch.stack(losses).mean(), {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}
 
-
+# %% ../nbs/08_training.ipynb #779e289e
 def step_seed(seed: int, step: int) -> int:
     "The seed of all that is random in one step: the same for all processes, which must drop the same scales."
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
@@ -255,7 +255,7 @@ def lay_out(optimizer: torch.optim.Optimizer) -> None:
         for name, m in moments.items():
             if m.shape == p.shape: moments[name] = torch.empty_like(p).copy_(m)
 
-
+# %% ../nbs/08_training.ipynb #5701c0ff
 def load_checkpoint(
     t: Trainer,
     files: Mapping[str, bytes],  # from `read_checkpoint`
@@ -284,7 +284,7 @@ def validation_pictures(
     files = image_files(source)[:8] if source else held_out_photographs(["skimage"])
     return torch.cat([load_image(f, size) for f in files])
 
-
+# %% ../nbs/08_training.ipynb #bf04b8e2
 @torch.no_grad()
 def validate(
     t: Trainer,
@@ -331,7 +331,7 @@ class Interrupted(KeyboardInterrupt):
 GOES_ON = "running the same again goes on"
 LAUNCHER = "BITVAE_LAUNCHER"  # environment variable: the process that started torchrun
 
-
+# %% ../nbs/08_training.ipynb #9756ae21
 def alive(pid: int) -> bool:
     "Whether this process runs still."
     import psutil
@@ -339,7 +339,7 @@ def alive(pid: int) -> bool:
     try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
 
-
+# %% ../nbs/08_training.ipynb #be71f7c9
 class StopSignals:
     "While active, SIGINT and SIGTERM set `received` instead of ending the program at once."
 
@@ -380,7 +380,7 @@ def naming_causes(
         if "DataLoader worker" not in str(e): raise
         raise DataError(f"step {t.done}: a process that loads images died ({str(e).splitlines()[0]}): most often for want of memory; resume with fewer workers") from e
 
-
+# %% ../nbs/08_training.ipynb #22c4e7ed
 def time_left(
     seconds: Sequence[float],  # of the steps so far
     steps: int,                # still to do
@@ -393,7 +393,7 @@ def time_left(
     left = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.1f} minutes"
     return f"{each:.3g} s per step, {images / each:.3g} images per second on {processes} process{'es'[: 2 * (processes > 1)]}: {left} left for {steps:,} steps"
 
-
+# %% ../nbs/08_training.ipynb #b37424fa
 def progress(
     config: TrainConfig,
     done: int,
@@ -428,7 +428,7 @@ def begin(
 
 def crop_rule(config: TrainConfig) -> CropRule: return CropRule(config.max_zoom, config.whole, config.upscale)
 
-
+# %% ../nbs/08_training.ipynb #5400c65c
 def announce(t: Trainer, cost: Estimate, pictures: Pictures) -> None:
     "Say what the run costs, and where it goes on."
     print(cost)
@@ -522,14 +522,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE",
                         help="override a value of the recipe, such as steps=1000 or multipliers=[1,2,4]; may be repeated")  # fmt: skip
 
-
+# %% ../nbs/08_training.ipynb #2f754aa2
 def train_from(args: argparse.Namespace) -> Path:
     "What the arguments ask for."
     config = recipe(args.recipe, **dict(args.set))
     images = args.images if isinstance(args.images, str) or len(args.images) > 1 else args.images[0]
     return train(config, images, args.folder or f"runs/{args.recipe}", args.resume, args.workers, args.validation, wandb=args.wandb)
 
-
+# %% ../nbs/08_training.ipynb #1cc3d37f
 def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     "Train as the command line says; errors that were foreseen are one line on standard error."
     parser = argparse.ArgumentParser("bitvae.training", description="Train a tokenizer, in this process or, under torchrun, as one of several.")
@@ -547,7 +547,7 @@ FORESEEN = (ValueError, TypeError, OSError, ImportError, TrainingDiverged)
 class ProcessesFailed(RuntimeError):
     "A process of a run over several failed; the message says which, and why."
 
-
+# %% ../nbs/08_training.ipynb #bd6c242c
 def torchrun(
     processes: int,   # on this machine
     nodes: int = 1,   # machines
@@ -559,7 +559,7 @@ def torchrun(
     place = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "bitvae"]
     return [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(processes), "-m", "bitvae.training"]
 
-
+# %% ../nbs/08_training.ipynb #b83e82bc
 def arguments_for(
     recipe_name: str,
     overrides: Mapping[str, object],
@@ -600,7 +600,7 @@ def run_processes(
         if process.poll() is None: process.terminate()
     if code: raise failure("".join(tail), code, received)
 
-
+# %% ../nbs/08_training.ipynb #52863c53
 def failure(
     said: str,                # the end of what the processes said
     code: int,                # torchrun's exit code
