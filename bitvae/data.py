@@ -148,7 +148,9 @@ def stream(
     "Encoded pictures without end."
     from webdataset import DataPipeline, ResampledShards, shuffle, tarfile_to_samples
 
-    def unreadable(e: Exception) -> bool: report(str(e.args[-1]), " ".join(map(str, e.args))); return True
+    def unreadable(e: Exception) -> bool:
+        report(str(e.args[-1]), f"{e.args[-1]} is no tar file that can be read: fetch it again ({type(e).__name__})")
+        return True
 
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = ResampledShards(shards.urls, seed=number, worker_seed=lambda: 0, deterministic=True)
@@ -297,7 +299,9 @@ class RandomCrops(Dataset):
         raise DataError(f"no picture can be used, the last one: {broken[-1][1]}")
 
 # %% ../nbs/06_data.ipynb #61725e0f
-def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]: return (v,) if isinstance(v, int) else tuple(v)
+def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]:
+    "One number, or several, as a tuple."
+    return (v,) if isinstance(v, int) else tuple(v)
 
 # %% ../nbs/06_data.ipynb #5d96a8c5
 def draw_size(

@@ -229,7 +229,9 @@ class Broken:
                             f"{found[-1][1] if found else sorted(self.names)[-1]} (all in {self.file})")  # fmt: skip
 
 # %% ../nbs/07b_records.ipynb #d18f64f1
-def scale_name(plane: Tensor) -> str: return "x".join(map(str, plane.shape[1:3]))
+def scale_name(plane: Tensor) -> str:
+    "The size of a plane (B, h_k, w_k, d) as text, such as 4x4."
+    return "x".join(map(str, plane.shape[1:3]))
 
 
 @torch.no_grad()

@@ -426,7 +426,9 @@ def begin(
     return t
 
 
-def crop_rule(config: TrainConfig) -> CropRule: return CropRule(config.max_zoom, config.whole, config.upscale)
+def crop_rule(config: TrainConfig) -> CropRule:
+    "How the recipe draws its squares."
+    return CropRule(config.max_zoom, config.whole, config.upscale)
 
 # %% ../nbs/08_training.ipynb #5400c65c
 def announce(t: Trainer, cost: Estimate, pictures: Pictures) -> None:
