@@ -1,14 +1,20 @@
-# make demo: train and evaluate a small tokenizer | make test | make lab | make export | make clean
+# make demo: train and evaluate a tokenizer in minutes | make retrain-demo: train the one in the package again
+# make test | make lab | make export | make clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 # threads that wait must not spin: on a shared machine that costs more than it gains
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lab export clean
+STEPS ?=
+
+.PHONY: demo retrain-demo test lab export clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
+
+retrain-demo: .venv/installed
+	$(BIN)/python tools/retrain_demo.py $(if $(STEPS),--steps $(STEPS))
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'Source', 'Pictures', 'PLAIN', 'open_cached', 'IN_A_ROW', 'DataError', 'parse_line', 'read_list',
            'image_files', 'HubImages', 'hub_images', 'Shards', 'stream', 'open_source', 'fingerprint', 'CropRule',
-           'draw_square', 'cut', 'random_crop', 'shuffled', 'Crop', 'check_row', 'RandomCrops', 'as_tuple', 'draw_size',
-           'Plan', 'leave_group', 'iterating', 'collate', 'ShardCrops', 'PassSampler', 'batches']
+           'draw_square', 'cut', 'shift_colours', 'random_crop', 'shuffled', 'Crop', 'check_row', 'RandomCrops',
+           'as_tuple', 'draw_size', 'Plan', 'leave_group', 'iterating', 'collate', 'ShardCrops', 'PassSampler',
+           'batches']
 
 # %% ../nbs/06_data.ipynb #2d96b5d6
 import hashlib
+import math
 import os
 import random
 import re
@@ -187,6 +189,7 @@ class CropRule(NamedTuple):
     max_zoom: float = 1.0  # smallest square: the short side divided by this, but at least as many pixels as the crop
     whole: float = 0.0     # share of crops that are not zoomed
     upscale: bool = False  # enlarge pictures smaller than the crop instead of refusing them
+    jitter: float = 0.0    # strength of `shift_colours`
 
 
 PLAIN = CropRule()
@@ -222,23 +225,37 @@ def cut(
     crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else crop)[0]
 
+# %% ../nbs/06_data.ipynb #1a22d52f
+def shift_colours(
+    x: Tensor,           # (3, H, W) in [-1, 1]
+    u: Sequence[float],  # four random numbers in [0, 1)
+    strength: float,     # in [0, 1]: factors in [1 - strength, 1 + strength], turns in half of [-strength, strength]
+) -> Tensor:  # the same shape and range
+    "The same picture in other colours (torchvision's jitter)."
+    from torchvision.transforms.v2 import functional as V
+
+    by = [strength * (2 * v - 1) for v in u]
+    x = V.adjust_contrast(V.adjust_brightness((x + 1) / 2, 1 + by[0]), 1 + by[1])
+    return V.adjust_hue(V.adjust_saturation(x, 1 + by[2]), by[3] / 2) * 2 - 1
+
 # %% ../nbs/06_data.ipynb #91749894
 def random_crop(
     file: Path | Encoded | Image.Image,
     size: int,                  # side of the result, pixels
     rng: np.random.Generator,
     rule: CropRule = PLAIN,
+    opener: Callable[..., Image.Image] = open_image,  # or one that remembers what it opened
 ) -> Tensor:  # (3, size, size) in [-1, 1]
     "A random square, mirrored half of the time, from a file decoded no larger than need be; raises what `open_image` raises."
-    u = rng.random(5)
-    picture = file if isinstance(file, Image.Image) else None if (full := jpeg_size(file)) else open_image(file)
-    if picture: full = picture.size
-    square = draw_square(*full, size, u, rule)
-    picture = picture or open_image(file, scale=2 * size / square[2])  # twice the pixels leave the filter enough
-    return cut(picture, square, size, full, mirror=u[4] < 0.5)
+    u, full = rng.random(5), None if isinstance(file, Image.Image) else jpeg_size(file)
+    picture = None if full else opener(file)
+    square = draw_square(*(full or picture.size), size, u, rule)
+    enough = 2.0 ** min(0, math.ceil(math.log2(2 * size / square[2])))  # of the sides: twice the pixels serve the filter well
+    x = cut(picture or opener(file, enough), square, size, full, mirror=u[4] < 0.5)
+    return shift_colours(x, rng.random(4), rule.jitter) if rule.jitter else x
 
 # %% ../nbs/06_data.ipynb #70a1143d
-open_cached = lru_cache(maxsize=32)(open_image)  # for sets of at most so many photographs
+open_cached = lru_cache(maxsize=128)(open_image)  # for small sets; a photograph may be there in four sizes
 
 
 @lru_cache(maxsize=2)
@@ -291,7 +308,7 @@ class RandomCrops(Dataset):
             rng, file = np.random.default_rng([self.seed, 1, n]), f"picture {order[i % len(order)]}"
             try:
                 file = self.files[order[i % len(order)]]
-                return Crop(random_crop(open_cached(file) if self.cached else file, size, rng, self.rule), tuple(broken))
+                return Crop(random_crop(file, size, rng, self.rule, open_cached if self.cached else open_image), tuple(broken))
             except (ImageError, OSError) as e:
                 if isinstance(file, Path) and not file.parent.exists(): raise DataError(f"the folder {file.parent} is gone: bring it back and resume") from e
                 broken.append((str(file), str(e) if str(file) in str(e) else f"{file}: {e}"))

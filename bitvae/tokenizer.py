@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', 'config_from_dict', 'pad_to_stride',
            'check_pictures', 'BitVAE', 'encode', 'decode', 'CheckpointError', 'read_weights', 'tokenizer_weights',
-           'config_from_weights', 'short', 'build', 'weights_folder', 'fetch', 'tokenizer_files', 'save_tokenizer',
-           'read_config', 'inferred_config', 'result_of_run', 'load_tokenizer']
+           'config_from_weights', 'short', 'build', 'bundled_tokenizer', 'weights_folder', 'fetch', 'tokenizer_files',
+           'save_tokenizer', 'read_config', 'inferred_config', 'result_of_run', 'load_tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #2ca4567f
 import json
@@ -15,6 +15,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
@@ -128,7 +129,7 @@ class BitVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, mode: str | None = None) -> "BitVAE":
-        "Load a released name, a checkpoint file or a folder, in eval mode; see `load_tokenizer`."
+        "Load \"demo\", a released name, a checkpoint file or a folder, in eval mode; see `load_tokenizer`."
         return load_tokenizer(cls, name, mode)
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
@@ -255,6 +256,11 @@ RELEASED = ("infinity_vae_d16", "infinity_vae_d24", "infinity_vae_d32", "infinit
 REPOSITORY = "FoundationVision/Infinity"
 
 
+def bundled_tokenizer() -> Path:
+    "The folder of the tokenizer in the package."
+    return Path(str(files("bitvae"))) / "assets" / "demo"
+
+
 def weights_folder() -> Path:
     "Where files fetched by hand are looked for: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
@@ -318,11 +324,11 @@ def result_of_run(
 
 def load_tokenizer(
     cls: type[BitVAE],
-    name: str | os.PathLike,  # a released name, a checkpoint file, a folder of `save_pretrained`, or of a run
+    name: str | os.PathLike,  # "demo", a released name, a checkpoint file, a folder of `save_pretrained`, or of a run
     mode: str | None = None,  # schedule; None keeps the configuration's own
 ) -> BitVAE:  # float32, on the CPU, eval mode
     "Load a tokenizer; raises `FileNotFoundError`, `ConnectionError`, or `CheckpointError`."
-    path = Path(name)
+    path = bundled_tokenizer() if name == "demo" else Path(name)
     if path.is_dir():
         if not (path / "model.safetensors").exists(): path = result_of_run(path)
         weights, config = tokenizer_weights(read_weights(path / "model.safetensors")), path / "config.json"
@@ -332,5 +338,5 @@ def load_tokenizer(
         weights = tokenizer_weights(read_weights(path))
         config = inferred_config(weights, path)
     else:
-        raise FileNotFoundError(f"no tokenizer {str(name)!r}: give a checkpoint file, a folder, or one of {', '.join(RELEASED)}")
+        raise FileNotFoundError(f"no tokenizer {str(name)!r}: give a checkpoint file, a folder, or one of demo, {', '.join(RELEASED)}")
     return build(cls, config if mode is None else replace(config, mode=mode), weights, path)

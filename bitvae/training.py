@@ -428,7 +428,7 @@ def begin(
 
 def crop_rule(config: TrainConfig) -> CropRule:
     "How the recipe draws its squares."
-    return CropRule(config.max_zoom, config.whole, config.upscale)
+    return CropRule(config.max_zoom, config.whole, config.upscale, config.jitter)
 
 # %% ../nbs/08_training.ipynb #5400c65c
 def announce(t: Trainer, cost: Estimate, pictures: Pictures) -> None:

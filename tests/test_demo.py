@@ -18,10 +18,10 @@ def demo(folder, recipe="smoke"):
 def test_demo_and_again(tmp_path):
     first = demo(tmp_path / "demo")
     assert first.returncode == 0, first.stderr[-2000:]
-    for line in ("mean colour", "8x8 thumbnail", "7 scales", "astronaut, chelsea, coffee, rocket at 128x128", "metrics.json", "progressive.png"):
+    for line in ("mean colour", "8x8 thumbnail", "7 scales", "10 scales", "astronaut, chelsea, coffee, rocket at 128x128", "at 256x256", "metrics.json", "progressive.png"):
         assert line in first.stdout
     made = {f.name for f in (tmp_path / "demo").iterdir()}
-    assert {"train.ipynb", "evaluate.ipynb", "metrics.json", "tokenizer", "progressive.png"} <= made
+    assert {"train.ipynb", "evaluate.ipynb", "metrics.json", "tokenizer", "progressive.png", "both.png", "package"} <= made
     rows = json.loads((tmp_path / "demo" / "metrics.json").read_text())["rows"]
     expected = {"mean colour": 14.7, "2x2 thumbnail": 16.1, "4x4 thumbnail": 17.1, "8x8 thumbnail": 18.6}
     assert {name: round(rows[name]["psnr"], 1) for name in expected} == expected

@@ -1,13 +1,16 @@
-"""`make demo`: train the recipe `quick` and evaluate it, both through papermill, into runs/demo."""
+"""`make demo`: train the recipe `quick` and evaluate it, and the tokenizer of the package, through papermill, into runs/demo."""
 import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 from bitvae.cli import NotebookError, run_notebook
 from bitvae.evaluation import table
-from bitvae.images import held_out_photographs
+from bitvae.images import held_out_photographs, load_image, show_images
+from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "nbs" / "experiments"
@@ -30,16 +33,23 @@ def main() -> None:
         print(f"training {args.recipe} on the bundled photographs, a few minutes on two cores:")
         run_notebook(NOTEBOOKS / "train.ipynb", folder / "train.ipynb", recipe=args.recipe, folder=str(folder), resume=True)
     images = [str(f) for f in held_out_photographs()[:4]]
-    print("evaluating on four photographs of scikit-image, which no training saw:")
-    run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(folder / "tokenizer"), images=images, folder=str(folder), size=128)
+    made = {"just trained": (folder, str(folder / "tokenizer"), 128), "of the package": (folder / "package", "demo", 256)}
+    print("evaluating it, and the tokenizer of the package, on four photographs of scikit-image, which no training saw:")
+    for into, tokenizer, size in made.values():
+        run_notebook(NOTEBOOKS / "evaluate.ipynb", into / "evaluate.ipynb", tokenizer=tokenizer, images=images, folder=str(into), size=size)
 
-    results = json.loads((folder / "metrics.json").read_text())
-    print(f"\nHeld-out {', '.join(Path(name).stem for name in results['images'])} at 128x128 pixels, in {(time.monotonic() - start) / 60:.1f} minutes:\n")
-    print(table(results))
-    print(f"\nexecuted notebooks            {show}/train.ipynb, {show}/evaluate.ipynb")
-    print(f"metrics                       {show}/metrics.json")
-    print(f"tokenizer                     {show}/tokenizer (config.json, model.safetensors)")
-    print(f"progressive reconstructions   {show}/progressive.png")
+    rows = [torch.cat([load_image(f, 256) for f in images])]
+    for who, (into, tokenizer, size) in made.items():
+        results, tok = json.loads((into / "metrics.json").read_text()), BitVAE.from_pretrained(tokenizer)
+        rows.append(torch.cat([tok.decode(tok.encode(load_image(f, size))) for f in images]))
+        print(f"\nThe tokenizer {who}, on held-out {', '.join(Path(name).stem for name in results['images'])} at {size}x{size} pixels:\n\n{table(results)}")
+    show_images(rows, ["photograph"] * 4 + ["trained just now"] * 4 + ["of the package"] * 4, columns=4, width=2).savefig(folder / "both.png", dpi=100)
+
+    print(f"\nin {(time.monotonic() - start) / 60:.1f} minutes; in {show}:")
+    print("both.png                               photographs, and what comes back from the two tokenizers")
+    print("train.ipynb, evaluate.ipynb            the executed notebooks")
+    print("tokenizer                              config.json, model.safetensors")
+    print("metrics.json, progressive.png          numbers and pictures, scale by scale; in package/ those of the other one")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""The tokenizer in the package: its size, its speed of loading, what it does to photographs it never saw, and its training again."""
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitvae.evaluation import Protocol, evaluate, table
+from bitvae.images import held_out_photographs, load_image
+from bitvae.losses import EfficientNetDistance
+from bitvae.tokenizer import BitVAE, bundled_tokenizer
+
+ROOT = Path(__file__).parent.parent
+CARD = ROOT / "benchmarks" / "demo-tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return BitVAE.from_pretrained("demo")
+
+
+@pytest.fixture(scope="module")
+def results(tok):
+    return evaluate(tok, "held-out", Protocol(256), distances={"efficientnet": EfficientNetDistance()}, jpegs=(0.13,))
+
+
+def scales(results):
+    return [r for r in results["rows"].values() if "scales" in r]
+
+
+def test_small_and_without_network():
+    assert sum(f.stat().st_size for f in bundled_tokenizer().iterdir()) <= 8_000_000
+    code = "import socket; socket.socket = None; from bitvae import BitVAE; print(BitVAE.from_pretrained('demo').config.mode)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"BITVAE_WEIGHTS": "/nowhere"})
+    assert done.stdout.strip() == "dynamic", done.stderr
+
+
+def test_rate_and_quality(results):
+    last = scales(results)[-1]
+    assert last["bits_per_pixel"] <= 0.26
+    assert last["psnr"] > 22 > results["rows"]["16x16 thumbnail"]["psnr"]
+    assert min(last["per_image"]["psnr"]) > 18
+
+
+def test_every_scale_brings_it_nearer(results):
+    curve = [r["psnr"] for r in scales(results)]
+    assert len(curve) >= 7 and all(a < b for a, b in zip(curve, curve[1:], strict=False))
+
+
+def test_nearer_in_features_than_jpeg(results):
+    rival = results["rows"]["JPEG 0.13"]
+    assert rival["bits_per_pixel"] >= 0.13
+    assert scales(results)[-1]["efficientnet"] < rival["efficientnet"]
+
+
+def test_every_channel_is_used(results):
+    assert all(0.2 <= share <= 0.8 for share in scales(results)[-1]["share_of_ones"])
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "coffee.png", "flower.jpg"])
+def test_natural_colours_and_no_grid(tok, name):
+    x = load_image(next(f for f in held_out_photographs() if f.name == name), 256)
+    y = tok.decode(tok.encode(x))
+    assert (x.mean((2, 3)) - y.mean((2, 3))).abs().max() < 0.1  # of a range of 2
+    error = (y - x).mean((0, 1))  # what belongs to the position within a token's square, and so repeats
+    grid = error.unflatten(0, (-1, tok.config.stride)).unflatten(2, (-1, tok.config.stride)).mean((0, 2))
+    assert grid.std() < 0.02
+
+
+def test_any_size(tok):
+    for size in ((16, 16), (100, 333)): assert tok.decode(tok.encode(torch.rand(2, 3, *size) * 2 - 1)).shape == (2, 3, *size)
+
+
+def test_card_tells_of_these_weights(results):
+    card, kept = (CARD / "README.md").read_text(), json.loads((CARD / "metrics.json").read_text())
+    assert hashlib.sha256((bundled_tokenizer() / "model.safetensors").read_bytes()).hexdigest() in card
+    assert table(kept) in card
+    for name, row in results["rows"].items(): assert row["psnr"] == pytest.approx(kept["rows"][name]["psnr"], abs=0.02)
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", card): assert (CARD / link).exists(), link
+
+
+def test_trained_again_it_is_the_same(tmp_path):
+    for run in "ab":
+        done = subprocess.run([sys.executable, ROOT / "tools/retrain_demo.py", "--folder", tmp_path / run, "--steps", "3"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "these weights are not those of the package" in done.stdout
+    weights = [(tmp_path / run / "demo" / "model.safetensors").read_bytes() for run in "ab"]
+    assert weights[0] == weights[1]
