@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--nodes", type=int, default=1, help="machines; the same command runs on each")
     t.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="where several machines meet: one of them")
     e = command("evaluate", evaluate_command, "Evaluate a tokenizer: PSNR, SSIM and bits per pixel after every number of scales.")
-    e.add_argument("tokenizer", help=f"a folder, a checkpoint, or one of {', '.join(RELEASED)}")
+    e.add_argument("tokenizer", help=f"a folder, a checkpoint, or one of demo, {', '.join(RELEASED)}")
     e.add_argument("--images", default="held-out", **images)
     e.add_argument("--size", type=int, default=256, help="pixels: short side resized to it, centre crop")
     e.add_argument("--mode", help="schedule, if not the tokenizer's own")
@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("output", help="the executed copy")
     r.add_argument("--set", **setting, help="a parameter of the notebook; may be repeated")
     i = command("info", info_command, "Describe a tokenizer or a bits file.")
-    i.add_argument("what", help="a folder, a checkpoint, a released name, or a .bits file")
+    i.add_argument("what", help="a folder, a checkpoint, a name such as demo, or a .bits file")
     return top
 
 # %% ../nbs/12_cli.ipynb #656de15b

@@ -31,12 +31,13 @@ def generator_loss(
     q: Quantized,                         # what the quantizer made of z
     logits: Tensor | None = None,         # the critic's view of y; None before it takes part
     perceptual: Distance | None = None,   # None: no such term
+    perceptual_weight: float = 1.0,
     align: float = 0.0,                   # weight of the latent's distance to its quantized sum
     pixels: Distance = F.l1_loss,         # or F.mse_loss
 ) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss of encoder and decoder (Infinity's published training code), and its parts, detached."
     terms = {"pixels": pixels(y, x), "quantizer": QUANTIZER * q.losses.mean()}
-    if perceptual: terms["perceptual"] = perceptual(x, y).mean()
+    if perceptual: terms["perceptual"] = perceptual_weight * perceptual(x, y).mean()
     if logits is not None: terms["adversarial"] = -ADVERSARIAL * logits.mean()
     distance = F.mse_loss(z, q.z.detach())
     loss = sum(terms.values()) + (align * distance if align else 0)

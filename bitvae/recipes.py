@@ -49,9 +49,10 @@ class TrainConfig:
     # what for
     pixels: str = "l1"                     # "l1" or "mse"
     perceptual: str = "lpips"              # "lpips", "lpips:FILE", "efficientnet" or "none"
+    perceptual_weight: float = 1.0         # of that distance
     discriminator_start: int | None = 50_000  # first step of the critic; None: no critic
     align: float = 0.0                     # see `generator_loss`
-    start_norm: float | None = None        # mean length of the first latents; None: as it comes
+    start_norm: float | None = None        # mean length of the first latents, centred; None: as they come
     # on what
     precision: str = "float32"             # or "bf16": networks under autocast, quantizer and losses in float32
     activation_checkpointing: bool = False # less memory for more time
@@ -85,6 +86,7 @@ def check_config(c: TrainConfig) -> None:
         "lr": (0 < c.lr <= 1, "positive, at most 1"),
         "max_zoom": (1 <= c.max_zoom < inf, "at least 1"),
         "align": (0 <= c.align < inf, "zero or positive"),
+        "perceptual_weight": (0 < c.perceptual_weight < inf, "positive"),
         "seed": (c.seed >= 0, "zero or positive"),
         "start_norm": (c.start_norm is None or (0 < c.start_norm < inf and c.start is None), "positive, or None as it must be with start"),
     }
@@ -118,7 +120,7 @@ QUICK = TrainConfig(
 SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2, steps=3, checkpoint_every=2)
 DEMO1 = replace(
     QUICK, name="demo_stage1", model=BitVAEConfig(dim=6, channels=48, multipliers=(1,) * 6, res_blocks=0, stride=8),
-    size=128, jitter=0.2, steps=4000, checkpoint_every=250,
+    size=128, jitter=0.2, steps=3600, checkpoint_every=200,
 )  # fmt: skip
 DEMO2 = replace(
     DEMO1, name="demo_stage2", start="", start_norm=None, size=(128, 256), batch=(4, 1), pixels="l1", perceptual="efficientnet",

@@ -52,7 +52,8 @@ def set_latent_norm(
     x: Tensor,      # a batch of pictures (B, 3, H, W)
     norm: float,    # wanted mean length of the latent's vectors
 ) -> None:
-    "Scale the encoder's last layer so that the latents of this batch have the given mean length."
+    "Shift and scale the encoder's last layer so that the latents of this batch have mean zero and the given mean length."
+    encoder.conv_out.bias -= encoder(x).mean(dim=(0, 2, 3))
     factor = norm / encoder(x).norm(dim=1).mean()
     for p in encoder.conv_out.parameters(): p.mul_(factor)
 
@@ -196,7 +197,7 @@ def train_step(
             y, z, q = t.model(x)
             logits = t.judge(y).float() if adversarial else None
         made.append((x, y.detach(), q.bits))
-        return generator_loss(x, y.float(), z.float(), q, logits, t.perceptual, c.align, PIXELS[c.pixels])
+        return generator_loss(x, y.float(), z.float(), q, logits, t.perceptual, c.perceptual_weight, c.align, PIXELS[c.pixels])
 
     def critic_pass(made: tuple) -> tuple[Tensor, dict]:
         with t.autocast(): real, fake = t.critic(made[0]), t.critic(made[1])
@@ -296,7 +297,7 @@ def validate(
     x = x.to(t.accelerator.device)
     pictures, bits = progression(t.evaluated, x)
     loss = PIXELS[t.config.pixels](pictures[-1], x)
-    if t.perceptual: loss = loss + t.perceptual(x, pictures[-1]).mean()
+    if t.perceptual: loss = loss + t.config.perceptual_weight * t.perceptual(x, pictures[-1]).mean()
     if not torch.isfinite(loss): raise TrainingDiverged(f"the weights it left give loss {loss.item():.4g}")
     (folder / "samples").mkdir(exist_ok=True)
     grid = sample_grid(x[:4], [p[:4] for p in pictures])

@@ -50,9 +50,20 @@ def test_import_is_cheap_and_brings_no_notebook_tooling():
     assert not {"nbdev", "fastcore", "execnb", "IPython", "ipywidgets", "papermill", "jupyterlab", "matplotlib"} & set(runs[0][1].split())
 
 
-def test_photographs_carry_their_licence():
-    folder = ROOT / "bitvae" / "assets" / "photographs"
-    said = (folder / "ATTRIBUTION.md").read_text()
-    photographs = list(folder.glob("*.jpg"))
+@pytest.mark.parametrize(("folder", "most"), [("bitvae/assets/photographs", 2.2e6), ("benchmarks/demo-tokenizer/photographs", 11e6)])
+def test_photographs_carry_their_licence(folder, most):
+    said = (ROOT / folder / "ATTRIBUTION.md").read_text()
+    photographs = list((ROOT / folder).glob("*.jpg"))
     assert len(photographs) == 9 and all(p.name in said for p in photographs)
-    assert sum(p.stat().st_size for p in photographs) < 2.2e6
+    assert sum(p.stat().st_size for p in photographs) < most
+
+
+EXECUTED = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", EXECUTED)
+def test_executed_notebook_is_fit_to_commit(notebook):
+    cells = [c for c in json.loads((ROOT / notebook).read_text())["cells"] if c["cell_type"] == "code"]
+    assert (ROOT / notebook).stat().st_size < 1_000_000
+    assert any(c["outputs"] for c in cells) and not any(o["output_type"] == "error" for c in cells for o in c["outputs"])
+    assert not [place for place in ("/home/", "/root/", "/Users/", "/tmp/", str(ROOT)) if place in json.dumps(cells)]

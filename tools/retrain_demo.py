@@ -10,7 +10,7 @@ import torch
 
 from bitvae.cli import NotebookError, run_notebook
 from bitvae.evaluation import table
-from bitvae.tokenizer import BitVAE, bundled_tokenizer
+from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, CARD = Path("nbs/experiments"), Path("benchmarks/demo-tokenizer")
@@ -41,18 +41,18 @@ def same_weights(a: BitVAE, b: BitVAE) -> bool:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo-tokenizer")
-    arguments.add_argument("--steps", type=int, help="of each stage, to try it out")
+    arguments.add_argument("--steps", type=int, help="of each stage, to try it out, without an evaluation")
     args = arguments.parse_args()
     start, folder = time.monotonic(), args.folder.resolve()
     os.chdir(ROOT)  # so that records hold no path of this machine
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     made = folder / "demo"
     BitVAE.from_pretrained(train_stages(folder, args.steps)).half().save_pretrained(made)
-    run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(made), folder=str(folder), perceptual="efficientnet")
-
-    print(f"\n{table(json.loads((folder / 'metrics.json').read_text()))}\n\nin {(time.monotonic() - start) / 60:.1f} minutes: {made}")
+    if not args.steps:
+        run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(made), folder=str(folder), perceptual="efficientnet")
+        print(f"\n{table(json.loads((folder / 'metrics.json').read_text()))}\n")
     same = same_weights(BitVAE.from_pretrained(made), BitVAE.from_pretrained("demo"))
-    print(f"these weights are {'those' if same else 'not those'} of the package, {bundled_tokenizer().relative_to(ROOT)}")
+    print(f"in {(time.monotonic() - start) / 60:.1f} minutes: {made}; these weights are {'those' if same else 'not those'} of the package")
 
 
 if __name__ == "__main__":
