@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantizer import Quantized
+from .quantizer import Quantized, over_ranks
 
 # %% ../nbs/05_losses.ipynb #65b8723d
 QUANTIZER, ADVERSARIAL = 4.0, 0.3
@@ -32,6 +32,7 @@ def generator_loss(
     logits: Tensor | None = None,         # the critic's view of y; None before it takes part
     perceptual: Distance | None = None,   # None: no such term
     perceptual_weight: float = 1.0,
+    center: float = 0.0,                  # weight of the squared length of the latents' mean over batch, positions and processes
     align: float = 0.0,                   # weight of the latent's distance to its quantized sum
     pixels: Distance = F.l1_loss,         # or F.mse_loss
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -39,6 +40,7 @@ def generator_loss(
     terms = {"pixels": pixels(y, x), "quantizer": QUANTIZER * q.losses.mean()}
     if perceptual: terms["perceptual"] = perceptual_weight * perceptual(x, y).mean()
     if logits is not None: terms["adversarial"] = -ADVERSARIAL * logits.mean()
+    if center: terms["center"] = center * over_ranks(z.mean(dim=(0, 2, 3))).square().sum()
     distance = F.mse_loss(z, q.z.detach())
     loss = sum(terms.values()) + (align * distance if align else 0)
     return loss, {name: t.detach() for name, t in (terms | {"latent": distance, "loss": loss}).items()}

@@ -51,6 +51,7 @@ class TrainConfig:
     perceptual: str = "lpips"              # "lpips", "lpips:FILE", "efficientnet" or "none"
     perceptual_weight: float = 1.0         # of that distance
     discriminator_start: int | None = 50_000  # first step of the critic; None: no critic
+    center: float = 0.0                    # see `generator_loss`
     align: float = 0.0                     # see `generator_loss`
     start_norm: float | None = None        # mean length of the first latents, centred; None: as they come
     # on what
@@ -85,11 +86,11 @@ def check_config(c: TrainConfig) -> None:
         "precision": (c.precision in ("float32", "bf16"), "'float32' or 'bf16'"),
         "lr": (0 < c.lr <= 1, "positive, at most 1"),
         "max_zoom": (1 <= c.max_zoom < inf, "at least 1"),
-        "align": (0 <= c.align < inf, "zero or positive"),
         "perceptual_weight": (0 < c.perceptual_weight < inf, "positive"),
         "seed": (c.seed >= 0, "zero or positive"),
         "start_norm": (c.start_norm is None or (0 < c.start_norm < inf and c.start is None), "positive, or None as it must be with start"),
     }
+    rules |= {name: (0 <= getattr(c, name) < inf, "zero or positive") for name in ("center", "align")}
     rules |= {name: (getattr(c, name) >= 1, "at least 1") for name in ("accumulate", "steps", "checkpoint_every", "keep")}
     rules |= {name: (0 <= getattr(c, name) <= 1, "in [0, 1]") for name in ("whole", "jitter", "max_broken", "lr_drop")}
     rules |= {name: (0 <= getattr(c, name) < 1, "in [0, 1)") for name in ("warmup", "ema")}
@@ -120,7 +121,7 @@ QUICK = TrainConfig(
 SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2, steps=3, checkpoint_every=2)
 DEMO1 = replace(
     QUICK, name="demo_stage1", model=BitVAEConfig(dim=6, channels=48, multipliers=(1,) * 6, res_blocks=0, stride=8),
-    size=128, jitter=0.2, lr=5e-4, steps=2800, checkpoint_every=200,
+    size=128, jitter=0.2, center=0.5, lr=1e-3, steps=1600, checkpoint_every=200,
 )  # fmt: skip
 DEMO2 = replace(
     DEMO1, name="demo_stage2", start="", start_norm=None, size=(128, 256), batch=(4, 1), pixels="l1", perceptual="efficientnet",

@@ -197,7 +197,7 @@ def train_step(
             y, z, q = t.model(x)
             logits = t.judge(y).float() if adversarial else None
         made.append((x, y.detach(), q.bits))
-        return generator_loss(x, y.float(), z.float(), q, logits, t.perceptual, c.perceptual_weight, c.align, PIXELS[c.pixels])
+        return generator_loss(x, y.float(), z.float(), q, logits, t.perceptual, c.perceptual_weight, c.center, c.align, PIXELS[c.pixels])
 
     def critic_pass(made: tuple) -> tuple[Tensor, dict]:
         with t.autocast(): real, fake = t.critic(made[0]), t.critic(made[1])
