@@ -246,6 +246,6 @@ def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
     assert rows["mean colour"]["psnr"] > 10 and rows["1 scale"]["bits"] == 16
-    assert {"progressive.png", "quality.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    assert {"progressive.png", "quality_psnr.png", "pairs.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
     again = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "again.ipynb", "--set", f"folder={tmp_path}/run", "--set", "resume=false")
     assert again.returncode != 0 and "already holds a run" in again.stderr
