@@ -265,7 +265,7 @@ class CollapseWatch:
             if steps < self.patience or name in self.warned: continue
             self.warned.add(name)
             warnings.warn(f"step {step}: scale {name} has collapsed, its bits were the same for every picture for {steps} steps: "
-                          "lower lr, or train with more scale dropping", CollapseWarning, stacklevel=2)  # fmt: skip
+                          "lower lr, or hold the mean of the latents at zero (center)", CollapseWarning, stacklevel=2)  # fmt: skip
 
 # %% ../nbs/07b_records.ipynb #308e20f2
 @torch.no_grad()
