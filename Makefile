@@ -6,8 +6,6 @@ BIN := .venv/bin
 # threads that wait must not spin: on a shared machine that costs more than it gains
 export OMP_WAIT_POLICY ?= PASSIVE
 
-STEPS ?=
-
 .PHONY: demo retrain-demo test lab export clean
 
 demo: .venv/installed

@@ -248,7 +248,7 @@ def random_crop(
 ) -> Tensor:  # (3, size, size) in [-1, 1]
     "A random square, mirrored half of the time, from a file decoded no larger than need be; raises what `open_image` raises."
     u, full = rng.random(5), None if isinstance(file, Image.Image) else jpeg_size(file)
-    picture = None if full else opener(file)
+    picture = None if full else file if isinstance(file, Image.Image) else opener(file)
     square = draw_square(*(full or picture.size), size, u, rule)
     enough = 2.0 ** min(0, math.ceil(math.log2(2 * size / square[2])))  # of the sides: twice the pixels serve the filter well
     x = cut(picture or opener(file, enough), square, size, full, mirror=u[4] < 0.5)
