@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NotebookError', 'run_notebook', 'settle_bars', 'private_kernel_manager', 'interrupting', 'train_command',
-           'evaluate_command', 'run_command', 'describe_bits', 'describe_tokenizer', 'info_command', 'parser', 'main']
+           'evaluate_command', 'make_list_command', 'run_command', 'describe_bits', 'describe_tokenizer',
+           'info_command', 'parser', 'main']
 
 # %% ../nbs/12_cli.ipynb #e76800ae
 import argparse
@@ -21,7 +22,9 @@ from pathlib import Path
 
 from . import __version__
 from .bits import Bits, scale_schedule
-from .evaluation import Protocol, evaluate, save_results, table
+from .comparison import read_results
+from .data import write_list
+from .evaluation import add_arguments as add_evaluation, command_line, evaluate_from, table
 from .recipes import parse_setting
 from .tokenizer import RELEASED, BitVAE
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
@@ -119,12 +122,21 @@ def train_command(args: argparse.Namespace) -> None:
 # %% ../nbs/12_cli.ipynb #58720ba1
 def evaluate_command(args: argparse.Namespace) -> None:
     "bitvae evaluate"
-    if args.output and not Path(args.output).parent.is_dir():
-        raise FileNotFoundError(f"cannot write {args.output}: there is no folder {Path(args.output).parent}")
-    tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
-    results = evaluate(tok, args.images, Protocol(args.size, args.truncate))
-    print(table(results))
-    if args.output: print(f"written: {save_results(results, args.output)}")
+    if args.processes > 1:
+        if not args.folder: raise ValueError("several processes need a folder to put their findings together: give one with --folder")
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
+        options = {name: value for name, value in vars(args).items() if name not in ("does", "debug", "processes", "tokenizer")}
+        run_processes(torchrun(args.processes, module="bitvae.evaluation") + command_line(args.tokenizer, **options))
+        results = read_results(args.folder)
+    else: results = evaluate_from(args)
+    for label in results["protocols"]: print(f"{label}, {len(results['images'])} pictures\n{table(results, label)}\n")
+    if args.folder: print(f"written: {Path(args.folder, 'metrics.json')}")
+
+# %% ../nbs/12_cli.ipynb #ee05166e
+def make_list_command(args: argparse.Namespace) -> None:
+    "bitvae make-list"
+    file = Path(args.output or f"{args.folder.rstrip('/')}.txt")
+    print(f"{write_list(args.folder, file, args.labels)} images listed: {file}")
 
 # %% ../nbs/12_cli.ipynb #3fd9b97e
 def run_command(args: argparse.Namespace) -> None:
@@ -168,20 +180,19 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(does=does)
         return sub
 
-    images = {"nargs": "+", "metavar": "SOURCE", "help": "folders, lists (.txt), images, 'bundled' or 'held-out'"}
     setting = {"type": parse_setting, "action": "append", "default": [], "metavar": "NAME=VALUE"}
     t = command("train", train_command, "Train a tokenizer.")
     add_arguments(t)
     t.add_argument("--processes", type=int, default=1, help="that train on this machine, such as one per GPU")
     t.add_argument("--nodes", type=int, default=1, help="machines; the same command runs on each")
     t.add_argument("--rendezvous", default="", metavar="HOST:PORT", help="where several machines meet: one of them")
-    e = command("evaluate", evaluate_command, "Evaluate a tokenizer: PSNR, SSIM and bits per pixel after every number of scales.")
-    e.add_argument("tokenizer", help=f"a folder, a checkpoint, or one of demo, {', '.join(RELEASED)}")
-    e.add_argument("--images", default="held-out", **images)
-    e.add_argument("--size", type=int, default=256, help="pixels: short side resized to it, centre crop")
-    e.add_argument("--mode", help="schedule, if not the tokenizer's own")
-    e.add_argument("--truncate", action="store_true", help="truncate to 8 bits, as the published script does, instead of rounding")
-    e.add_argument("--output", help="a JSON file for the results")
+    e = command("evaluate", evaluate_command, "Evaluate a tokenizer after every number of scales, by one protocol or several.")
+    add_evaluation(e)
+    e.add_argument("--processes", type=int, default=1, help="that evaluate on this machine, such as one per GPU")
+    m = command("make-list", make_list_command, "List a folder's images with their class labels, for training or evaluation.")
+    m.add_argument("folder", help="searched through; folders in it are classes")
+    m.add_argument("--output", help="the list; beside the folder, if not given")
+    m.add_argument("--labels", help="for a flat folder: a file with one number per line, in the order of the names")
     r = command("run", run_command, "Run a notebook with papermill, refusing parameters it does not have.")
     r.add_argument("notebook")
     r.add_argument("output", help="the executed copy")

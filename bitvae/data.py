@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Source', 'Pictures', 'PLAIN', 'open_cached', 'IN_A_ROW', 'DataError', 'parse_line', 'read_list',
-           'image_files', 'HubImages', 'hub_images', 'Shards', 'stream', 'open_source', 'fingerprint', 'CropRule',
-           'draw_square', 'cut', 'shift_colours', 'random_crop', 'shuffled', 'Crop', 'check_row', 'RandomCrops',
-           'as_tuple', 'draw_size', 'Plan', 'leave_group', 'iterating', 'collate', 'ShardCrops', 'PassSampler',
-           'batches']
+           'image_files', 'labels_of', 'write_list', 'HubImages', 'hub_images', 'Shards', 'stream', 'open_source',
+           'fingerprint', 'CropRule', 'draw_square', 'cut', 'shift_colours', 'random_crop', 'shuffled', 'Crop',
+           'check_row', 'RandomCrops', 'as_tuple', 'draw_size', 'Plan', 'leave_group', 'iterating', 'collate',
+           'ShardCrops', 'PassSampler', 'batches']
 
 # %% ../nbs/06_data.ipynb #2d96b5d6
 import hashlib
@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from .images import Encoded, ImageError, bundled_photographs, held_out_photographs, jpeg_size, open_image, to_tensor
+from .images import Encoded, ImageError, bundled_photographs, held_out_photographs, jpeg_size, open_image, replacing, to_tensor
 
 # %% ../nbs/06_data.ipynb #7221fd66
 class DataError(ValueError):
@@ -84,6 +84,38 @@ def image_files(
     if not path.is_file():
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
+
+# %% ../nbs/06_data.ipynb #4fc76b54
+def labels_of(
+    files: Sequence[Path],  # in order
+    folder: Path,           # that they are from
+    labels: str | os.PathLike | None = None,  # a file with one number per line, for flat folders
+) -> list[str]:  # a label per file, or all empty
+    "Class labels, from a file or from the folders the pictures lie in; raises `DataError`."
+    if labels:
+        found = Path(labels).read_text().split()
+        if len(found) != len(files) or not all(n.isdigit() for n in found):
+            raise DataError(f"{labels} must hold one number for each of the {len(files)} pictures in {folder}, it holds {len(found)} words")
+        return found
+    within = [file.relative_to(folder).parts[:-1] for file in files]
+    if not all(within): return [""] * len(files)
+    classes = {name: str(n) for n, name in enumerate(sorted({parts[0] for parts in within}))}
+    return [classes[parts[0]] for parts in within]
+
+# %% ../nbs/06_data.ipynb #b3a174ce
+def write_list(
+    folder: str | os.PathLike,  # searched through
+    file: str | os.PathLike,    # the list, text
+    labels: str | os.PathLike | None = None,  # see `labels_of`
+) -> int:  # images
+    "List a folder's images, `path label` or `path` per line, relative to the list; raises `FileNotFoundError` or `DataError`."
+    folder, file = Path(folder), Path(file)
+    if not folder.is_dir(): raise FileNotFoundError(f"no such folder: {folder}")
+    files = image_files(folder)
+    paths = [os.path.relpath(f, file.parent) for f in files]
+    if broken := [path for path in paths if set(path) & set("\r\n")]: raise DataError(f"a list has one path per line, and this one has two lines: {broken[0]!r}; rename it")
+    with replacing(file) as part: part.write_text("".join(f"{path} {label}".rstrip() + "\n" for path, label in zip(paths, labels_of(files, folder, labels), strict=True)))
+    return len(files)
 
 # %% ../nbs/06_data.ipynb #9611216b
 class HubImages(Sequence):

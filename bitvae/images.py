@@ -135,13 +135,14 @@ def to_image(
 def center_crop(
     picture: Image.Image,  # any size
     size: int,             # side of the square, pixels
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:  # (size, size)
-    "Resize the short side to `size` (bicubic, smaller pictures are enlarged) and cut out the centre."
+    "Resize the short side to `size` (smaller pictures are enlarged) and cut out the centre."
     if type(size) is not int or size < 1:
         raise ValueError(f"size must be a whole number of pixels, at least 1, got {size!r}")
     w, h = picture.size
     scale = size / min(w, h)
-    picture = picture.resize((max(size, round(w * scale)), max(size, round(h * scale))), Image.Resampling.BICUBIC)
+    picture = picture.resize((max(size, round(w * scale)), max(size, round(h * scale))), resample)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 

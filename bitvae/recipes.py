@@ -121,11 +121,11 @@ QUICK = TrainConfig(
 SMOKE = replace(QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2, steps=3, checkpoint_every=2)
 DEMO1 = replace(
     QUICK, name="demo_stage1", model=BitVAEConfig(dim=6, channels=48, multipliers=(1,) * 6, res_blocks=0, stride=8),
-    size=256, batch=1, jitter=0.2, center=0.2, lr=1e-3, steps=3600, checkpoint_every=200,
+    size=128, jitter=0.2, center=0.5, lr=1e-3, steps=1500, checkpoint_every=200,
 )  # fmt: skip
 DEMO2 = replace(
     DEMO1, name="demo_stage2", start="", start_norm=None, size=(128, 256), batch=(4, 1), pixels="l1", perceptual="efficientnet",
-    perceptual_weight=0.02, lr=5e-4, steps=2000, checkpoint_every=100,
+    perceptual_weight=0.02, lr=5e-4, steps=1400, checkpoint_every=100,
 )  # fmt: skip
 FINETUNE = TrainConfig(
     name="finetune", model=None, start="", batch=4, steps=10_000, lr=2e-5, warmup=0.02, decay="cosine", ema=0.999,

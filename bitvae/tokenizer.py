@@ -123,9 +123,9 @@ class BitVAE(nn.Module):
         "Pictures (B, 3, H, W) in [-1, 1] of any size to the bits of all scales."
         return encode(self, x)
 
-    def decode(self, bits: Bits) -> Tensor:
+    def decode(self, bits: Bits, clamp: bool = True) -> Tensor:
         "Bits, all scales or a prefix, to pictures (B, 3, H, W) in [-1, 1]."
-        return decode(self, bits)
+        return decode(self, bits, clamp)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, mode: str | None = None) -> "BitVAE":
@@ -158,7 +158,8 @@ def encode(
 def decode(
     tok: BitVAE,
     bits: Bits,  # all scales or a prefix
-) -> Tensor:  # (B, 3, H, W), clamped to [-1, 1], on the device of the bits
+    clamp: bool = True,  # to [-1, 1]; False: as the decoder gives it, which metrics may want to see
+) -> Tensor:  # (B, 3, H, W), on the device of the bits
     "The picture that the bits, or their first scales, describe; raises `ValueError` for bits of another width."
     if not isinstance(bits, Bits): raise TypeError(f"decode takes Bits, as encode or Bits.load give them, got {type(bits).__name__}")
     if bits.dim != tok.config.dim:
@@ -168,8 +169,8 @@ def decode(
     if (-(-H // f), -(-W // f)) != (h, w):
         raise ValueError(f"{h}x{w} tokens do not describe {H}x{W} pixels at stride {f}: the bits come from another tokenizer")
     with torch.inference_mode():
-        y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype)).clamp(-1, 1)
-    return y[..., :H, :W].to(bits.device, copy=True)
+        y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype))
+    return (y.clamp(-1, 1) if clamp else y)[..., :H, :W].to(bits.device, copy=True)
 
 # %% ../nbs/04_tokenizer.ipynb #bdbe93bf
 class CheckpointError(ValueError):

@@ -555,12 +555,13 @@ def torchrun(
     processes: int,   # on this machine
     nodes: int = 1,   # machines
     rendezvous: str = "",  # host:port of one of them, where they meet
+    module: str = "bitvae.training",
 ) -> list[str]:
     "The command that starts the processes of this machine; raises `ValueError`."
     if processes < 1 or nodes < 1: raise ValueError(f"processes and nodes must be at least 1, got {processes} and {nodes}")
     if nodes > 1 and not re.fullmatch(r".+:\d+", rendezvous): raise ValueError(f"{nodes} nodes meet at a rendezvous, host:port of one of them, got {rendezvous!r}")
     place = ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", rendezvous, "--rdzv-id", "bitvae"]
-    return [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(processes), "-m", "bitvae.training"]
+    return [sys.executable, "-m", "torch.distributed.run", *place, "--nproc-per-node", str(processes), "-m", module]
 
 # %% ../nbs/08_training.ipynb #b83e82bc
 def arguments_for(
@@ -617,7 +618,7 @@ def failure(
     root = said.rpartition("Root Cause")[2]
     found = [re.search(rf"{what}\s*: (-?\d+)", root) for what in ("rank", "exitcode")]
     who = f"rank {found[0][1]} ended with exit code {found[1][1]}" if all(found) else f"torchrun ended with exit code {code}"
-    return ProcessesFailed(f"{who}, and the others were stopped (-9: killed, often for want of memory); its last words are above. Running the same again goes on from the last checkpoint")
+    return ProcessesFailed(f"{who}, and the others were stopped (-9: killed, often for want of memory); its last words are above. Running the same again goes on from what was written last")
 
 # %% ../nbs/08_training.ipynb #dc12eb97
 #| eval: false

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from bitvae.comparison import read_results
+from bitvae.evaluation import rows_in
 from bitvae.records import newest_checkpoint, read_log
 
 DEMO = [sys.executable, str(Path(__file__).parent.parent / "tools" / "demo.py")]
@@ -22,7 +24,7 @@ def test_demo_and_again(tmp_path):
         assert line in first.stdout
     made = {f.name for f in (tmp_path / "demo").iterdir()}
     assert {"train.ipynb", "evaluate.ipynb", "metrics.json", "tokenizer", "progressive.png", "both.png", "package"} <= made
-    rows = json.loads((tmp_path / "demo" / "metrics.json").read_text())["rows"]
+    rows = rows_in(read_results(tmp_path / "demo"))
     expected = {"mean colour": 14.7, "2x2 thumbnail": 16.1, "4x4 thumbnail": 17.1, "8x8 thumbnail": 18.6}
     assert {name: round(rows[name]["psnr"], 1) for name in expected} == expected
 

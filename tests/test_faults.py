@@ -19,6 +19,8 @@ from bitvae.architecture import published_names
 from bitvae.data import DataError
 from bitvae.images import bundled_photographs
 from bitvae.recipes import recipe
+from bitvae.comparison import read_results
+from bitvae.evaluation import rows_in
 from bitvae.records import RunExistsError, newest_checkpoint, read_log
 from bitvae.tokenizer import RELEASED, BitVAEConfig, CheckpointError
 from bitvae.training import PIXELS, TrainingDiverged, train
@@ -242,10 +244,10 @@ def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
     assert "100%" in run.stderr and "5/5" in run.stderr  # the bar reaches the terminal
     executed = json.loads((tmp_path / "train.ipynb").read_text())
     assert not any("\r" in "".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
-    run = bitvae("run", "nbs/experiments/evaluate.ipynb", tmp_path / "evaluate.ipynb", "--set", f"tokenizer={tmp_path}/run/tokenizer", "--set", f"folder={tmp_path}/run", "--set", "size=64")
+    run = bitvae("run", "nbs/experiments/evaluate.ipynb", tmp_path / "evaluate.ipynb", "--set", f"tokenizer={tmp_path}/run/tokenizer", "--set", f"folder={tmp_path}/run", "--set", "resolutions=[64]")
     assert run.returncode == 0, run.stderr
-    rows = json.loads((tmp_path / "run" / "metrics.json").read_text())["rows"]
+    rows = rows_in(read_results(tmp_path / "run"))
     assert rows["mean colour"]["psnr"] > 10 and rows["1 scale"]["bits"] == 16
-    assert {"progressive.png", "quality_psnr.png", "pairs.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
+    assert {"progressive.png", "quality_psnr.png", "pairs.png", "extremes.png", "bits_dynamic_bicubic-64.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
     again = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "again.ipynb", "--set", f"folder={tmp_path}/run", "--set", "resume=false")
     assert again.returncode != 0 and "already holds a run" in again.stderr

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from bitvae import BitVAE, BitVAEConfig
 from bitvae.architecture import PatchDiscriminator, our_name, published_names
 from bitvae.bits import LISTED, scale_schedule
-from bitvae.evaluation import psnr, ssim
+from bitvae.protocols import PROTOCOLS, psnr, ssim
 from bitvae.losses import discriminator_loss, generator_loss
 from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, scale_loss, straight_through
 from bitvae.tokenizer import config_from_weights, tokenizer_weights
@@ -183,5 +183,5 @@ def test_metrics(golden, how):
     t = golden("metrics.safetensors")
     rows = golden("metrics.json")
     for metric, function in {"psnr": psnr, "ssim": ssim}.items():
-        ours = function(t["x"], t["y"], truncate=how == "truncate")
+        ours = function(t["x"], t["y"], PROTOCOLS["open-magvit2" if how == "truncate" else "clamped"])
         assert ours.tolist() == pytest.approx([row[f"{metric}_{how}"] for row in rows], abs=1e-5)

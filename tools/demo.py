@@ -36,7 +36,7 @@ def main() -> None:
     made = {"just trained": (folder, str(folder / "tokenizer"), 128), "of the package": (folder / "package", "demo", 256)}
     print("evaluating it, and the tokenizer of the package, on four photographs of scikit-image, which no training saw:")
     for into, tokenizer, size in made.values():
-        run_notebook(NOTEBOOKS / "evaluate.ipynb", into / "evaluate.ipynb", tokenizer=tokenizer, images=images, folder=str(into), size=size)
+        run_notebook(NOTEBOOKS / "evaluate.ipynb", into / "evaluate.ipynb", tokenizer=tokenizer, images=images, folder=str(into), resolutions=[size])
 
     rows = [torch.cat([load_image(f, 256) for f in images])]
     for who, (into, tokenizer, size) in made.items():

@@ -49,7 +49,7 @@ def main() -> None:
     made = folder / "demo"
     BitVAE.from_pretrained(train_stages(folder, args.steps)).half().save_pretrained(made)
     if not args.steps:
-        run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(made), folder=str(folder), perceptual="efficientnet")
+        run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(made), folder=str(folder), metrics=["psnr", "ssim", "ms_ssim", "efficientnet"])
         print(f"\n{table(json.loads((folder / 'metrics.json').read_text()))}\n")
     same = same_weights(BitVAE.from_pretrained(made), BitVAE.from_pretrained("demo"))
     print(f"in {(time.monotonic() - start) / 60:.1f} minutes: {made}; these weights are {'those' if same else 'not those'} of the package")

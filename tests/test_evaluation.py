@@ -1,0 +1,282 @@
+"""Evaluation: the same numbers whatever the batches, processes and interruptions; every metric that of its library; memory that does not grow."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from pytorch_msssim import ms_ssim as library_ms_ssim
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from bitvae.architecture import published_names
+from bitvae.comparison import rank, read_results
+from bitvae.evaluation import SAVE_EVERY, evaluate, main, rows_in
+from bitvae.features import INCEPTION_FILES, InceptionFeatures
+from bitvae.images import held_out_photographs, load_image, save_image
+from bitvae.losses import TRUNKS
+from bitvae.protocols import PROTOCOLS, cut_picture, eight_bits, protocol
+from bitvae.tokenizer import BitVAE, BitVAEConfig
+
+WORKER = """
+import sys, torch, bitvae.evaluation as E
+from torch.nn import functional as F
+
+class Colours(torch.nn.Module):  # a stand-in for EfficientNet: a Frechet distance of few features is quick
+    dim, takes_bytes = 12, False
+    def forward(self, y): return F.adaptive_avg_pool2d(y, 2).flatten(1)
+
+torch.set_num_threads(1)
+E.EfficientNetFeatures, E.SAVE_EVERY = Colours, 0.0
+sys.exit(E.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    "37 pictures of many sizes, cut out of the held-out photographs."
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    whole = [Image.open(f).convert("RGB") for f in held_out_photographs()]
+    for n in range(37):
+        photo = whole[n % 6]
+        w, h = rng.integers(70, min(photo.size), 2)
+        left, top = rng.integers(photo.width - w + 1), rng.integers(photo.height - h + 1)
+        photo.crop((left, top, left + w, top + h)).save(folder / f"{n:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory, pictures):
+    script = tmp_path_factory.mktemp("worker") / "worker.py"
+    script.write_text(WORKER)
+
+    def start(folder, processes=1, batch=4):
+        line = ["demo", "--images", pictures, "--resolutions", 64, "--protocols", "clamped", "published", "--metrics", "psnr", "ssim", "frechet_efficientnet", "--batch", batch, "--folder", folder]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+        return subprocess.Popen([sys.executable, *map(str, [*launch, script, *line])], stderr=subprocess.PIPE, text=True, env=os.environ | {"BITVAE_WEIGHTS": str(folder / "weights")}, start_new_session=True)
+
+    return start
+
+
+def finish(process, folder):
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said[-3000:]
+    return read_results(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(worker, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    return finish(worker(folder), folder)
+
+
+def same(a, b):
+    assert a["images"] == b["images"] and a["bits"] == b["bits"] and len(a["images"]) == 37
+    for label in a["protocols"]:
+        for name, row in rows_in(a, label).items():
+            other = rows_in(b, label)[name]
+            assert row.keys() == other.keys() and len(row["per_image"]["psnr"]) == 37
+            for key in row:
+                if isinstance(row[key], float): assert row[key] == pytest.approx(other[key], abs=1e-6), (label, name, key)
+            for metric, values in row["per_image"].items(): assert values == pytest.approx(other["per_image"][metric], abs=1e-6)
+
+
+def test_two_processes_count_every_picture_once(worker, plain, tmp_path):
+    same(plain, finish(worker(tmp_path, processes=2), tmp_path))
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_the_batch_changes_nothing(worker, plain, tmp_path, batch):
+    same(plain, finish(worker(tmp_path, batch=batch), tmp_path))
+
+
+@pytest.mark.parametrize("processes", [(1, 2), (2, 1)])
+def test_killed_and_gone_on(worker, plain, tmp_path, processes):
+    process, end = worker(tmp_path, processes[0], batch=3), time.monotonic() + 120
+    while not (parts := list(tmp_path.glob("parts/*/part-*.pt"))): assert process.poll() is None and time.monotonic() < end; time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert parts and not (tmp_path / "metrics.json").exists()
+    same(plain, finish(worker(tmp_path, processes[1], batch=5), tmp_path))
+    assert not (tmp_path / "parts").exists()
+    assert SAVE_EVERY == 60
+
+
+def test_an_unfinished_evaluation_is_not_mixed_with_another(pictures, tmp_path):
+    tok = BitVAE.from_pretrained("demo")
+    evaluate(tok, pictures, protocol("clamped", size=32), folder=tmp_path)
+    with pytest.raises(ValueError, match="unfinished evaluation with other protocols"): evaluate(tok, pictures, protocol("published", size=32), folder=tmp_path)
+    with pytest.raises(ValueError, match="with other fingerprint"): evaluate(tok, "held-out", protocol("clamped", size=32), folder=tmp_path)
+    part = next(tmp_path.glob("parts/*/part-*.pt"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"part-0000-0.pt is damaged .*: remove it"): evaluate(tok, pictures, protocol("clamped", size=32), folder=tmp_path)
+
+
+# every metric is its library's
+
+@pytest.fixture(scope="module")
+def pair():
+    "Photographs, and reconstructions that overshoot."
+    x = torch.cat([cut_picture(f, protocol("clamped", size=192)) for f in held_out_photographs()[:3]])
+    torch.manual_seed(0)
+    return x, 1.1 * x + 0.1 * torch.randn_like(x)
+
+
+class Overshooting(torch.nn.Module):
+    "Instead of a tokenizer's decoder."
+
+    def __init__(self, y):
+        super().__init__()
+        self.y = y
+
+    def forward(self, z): return self.y[: len(z)]
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    "Random weights in the files that hold the real ones."
+    from pytorch_fid.inception import fid_inception_v3
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(1)
+    with patch.object(torchvision.models.Inception3, "load_state_dict"), patch("pytorch_fid.inception.load_state_dict_from_url"): noise = fid_inception_v3().state_dict()
+    noise = {name: w * 6**0.5 if w.ndim == 4 else w for name, w in noise.items()}  # so that signals neither fade nor grow
+    for name in INCEPTION_FILES.values(): torch.save(noise, folder / name)
+    torch.save(torchvision.models.vgg16().state_dict(), folder / TRUNKS["vgg"])
+    torch.save(torchvision.models.alexnet().state_dict(), folder / TRUNKS["alex"])
+    return folder
+
+
+def test_every_metric_is_its_librarys(pair, networks, tmp_path, monkeypatch):
+    monkeypatch.setenv("BITVAE_WEIGHTS", str(networks))
+    x, y = pair
+    for n, picture in enumerate(x): save_image(picture, tmp_path / f"{n}.png")
+    tok = BitVAE(BitVAEConfig(dim=4, channels=8, multipliers=(1,) * 8, res_blocks=0, stride=128, mode="dynamic")).eval()  # 2x2 tokens: few scales
+    tok.decoder.forward = Overshooting(torch.nn.functional.pad(y, (0, 64, 0, 64))).forward
+    protocols = [protocol(name, size=192, resize="bicubic", antialias=True, halve=False, mode="dynamic") for name in PROTOCOLS]
+    results = evaluate(tok, tmp_path, protocols, ["psnr", "ssim", "ms_ssim", "lpips"], batch=3)
+    trunks = {net: lpips.LPIPS(net=net, pnet_rand=True, verbose=False).eval() for net in TRUNKS}
+    for net, distance in trunks.items():
+        weights = torch.load(networks / TRUNKS[net], weights_only=True)
+        for name, p in distance.net.named_parameters(): p.data.copy_(weights["features." + name.split(".", 1)[1]])
+    for p in protocols:
+        row = list(rows_in(results, str(p)).values())[-1]
+        z = y.clamp(-1, 1) if p.clamp else y
+        a, b = (t.permute(0, 2, 3, 1).numpy().astype(np.float64) / 255 for t in (eight_bits(x, p), eight_bits(y, p)))
+        window = {"win_size": p.ssim_window} if p.ssim_window else {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        assert row["per_image"]["psnr"] == pytest.approx([peak_signal_noise_ratio(i, j, data_range=1) for i, j in zip(a, b, strict=True)], abs=1e-6)
+        assert row["per_image"]["ssim"] == pytest.approx([structural_similarity(i, j, channel_axis=-1, data_range=p.ssim_range, **window) for i, j in zip(a, b, strict=True)], abs=1e-6)
+        of_library = library_ms_ssim(eight_bits(x, p).double(), eight_bits(y, p).double(), data_range=255, size_average=False)
+        assert row["per_image"]["ms_ssim"] == pytest.approx(of_library.tolist(), abs=1e-6)
+        with torch.inference_mode():
+            for net in p.lpips: assert row["per_image"][f"lpips_{net}"] == pytest.approx(trunks[net](x, z).flatten().tolist(), abs=1e-5)
+        assert {m for m in row["per_image"] if m.startswith("lpips")} == {f"lpips_{net}" for net in p.lpips}
+    assert rows_in(results, "clamped, mode=dynamic 192")["1 scale"]["psnr"] > rows_in(results, "published 192")["1 scale"]["psnr"] + 1  # bytes that wrap around
+
+
+def test_features_go_through_torch_fidelitys_pipeline(networks, pictures, monkeypatch):
+    monkeypatch.setenv("BITVAE_WEIGHTS", str(networks))
+    x = torch.cat([cut_picture(f, protocol("llamagen", size=64)) for f in sorted(pictures.iterdir())[:4]])
+    ours = InceptionFeatures("torch-fidelity")(eight_bits(x, PROTOCOLS["llamagen"]))
+    library = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(networks / INCEPTION_FILES["torch-fidelity"]))
+    assert torch.equal(ours, library(eight_bits(x, PROTOCOLS["llamagen"]))[0])
+
+
+def test_fid_of_an_evaluation(networks, tmp_path, monkeypatch):
+    "From pictures to the distance, against the library on features of the same pictures; few pictures, few scales, as 2048 features take long."
+    monkeypatch.setenv("BITVAE_WEIGHTS", str(networks))
+    for n in range(6): save_image(torch.rand(3, 32, 32) * 2 - 1, tmp_path / f"{n}.png")
+    tok = BitVAE(BitVAEConfig(dim=4, channels=8, multipliers=(1,) * 6, res_blocks=0, stride=32, mode="dynamic")).eval()  # one token: one scale
+    with pytest.warns(UserWarning, match="6 pictures are fewer than needed for 2048 features"): results = evaluate(tok, tmp_path, protocol("clamped", size=32), ["fid"], batch=4)
+    row, net = rows_in(results)["1 scale"], InceptionFeatures("pytorch-fid")
+    x = torch.cat([load_image(f, 32) for f in sorted(tmp_path.glob("*.png"))])
+    with torch.inference_mode(): features = [net(t).double() for t in (x, tok.decode(tok.encode(x)))]
+    library = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)["frechet_inception_distance"]
+    assert row["fid"] == pytest.approx(library, rel=1e-5)
+    assert {"kid", "kid_std", "precision", "recall"} <= row.keys() and "psnr" not in row
+
+
+# the published layout, and bad input
+
+def test_a_checkpoint_in_the_published_format(golden, tmp_path):
+    from safetensors.torch import save_file
+
+    tok = BitVAE(BitVAEConfig(dim=16, channels=16, multipliers=(1, 1, 2), res_blocks=1, stride=4)).eval()
+    save_file({published_names(tok)[name] if callable(published_names) else name: w for name, w in tok.state_dict().items()}, tmp_path / "vae.safetensors")
+    assert main([str(tmp_path / "vae.safetensors"), "--resolutions", "32", "--protocols", "published", "clamped", "--folder", str(tmp_path)]) == 0
+    results = read_results(tmp_path)
+    assert results["tokenizer"]["dim"] == 16 and list(results["protocols"]) == ["published 32", "clamped 32"]
+    with pytest.raises(ValueError, match="clamp False and True, rounding truncate and round|mode"): rank({"a": results})
+
+
+def test_bad_input_is_named(tmp_path, capsys):
+    assert main(["demo", "--images", str(tmp_path), "--resolutions", "32"]) == 1
+    assert "no images in" in capsys.readouterr().err
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    for workers in ("0", "1"):
+        assert main(["demo", "--images", str(tmp_path), "--resolutions", "32", "--workers", workers]) == 1
+        assert f"bitvae: {tmp_path / 'a.png'} is not an image that Pillow can read" in capsys.readouterr().err
+    assert main(["demo", "--resolutions", "32", "--metrics", "psnr", "beauty"]) == 1
+    assert "unknown metric beauty" in capsys.readouterr().err
+    assert main(["demo", "--resolutions", "32", "--metrics", "ms_ssim"]) == 1
+    assert "above 160 pixels" in capsys.readouterr().err
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "a.png")
+    assert main(["demo", "--images", str(tmp_path), "--resolutions", "32", "--metrics", "frechet_efficientnet"]) == 1
+    assert "at least 2 pictures" in capsys.readouterr().err
+
+
+def test_identical_pictures_are_told(tmp_path):
+    for name in "ab": Image.new("RGB", (64, 64), "teal").save(tmp_path / f"{name}.png")
+    with pytest.warns(UserWarning, match=r"1 of 2 pictures have the pixels of another \(b.png those of a.png\)"):
+        results = evaluate(BitVAE.from_pretrained("demo"), tmp_path, protocol("clamped", size=32))
+    assert json.loads(json.dumps(results))["warnings"] and rows_in(results)["mean colour"]["psnr"] > 40
+
+
+# memory
+
+MEMORY = """
+import sys, resource, threading, psutil, time, torch
+from bitvae.evaluation import evaluate
+from bitvae.protocols import protocol
+from bitvae.tokenizer import BitVAE
+import bitvae.evaluation as E
+torch.set_num_threads(1)
+E.THUMBNAILS = (1,)
+class Colours(torch.nn.Module):
+    dim, takes_bytes = 768, False
+    def forward(self, y): return torch.nn.functional.adaptive_avg_pool2d(y, 16).flatten(1)
+E.EfficientNetFeatures, E.frechet = Colours, lambda a, b: float((a.mean - b.mean).square().sum())  # the sums are what grows or not
+peak, process, over = 0, psutil.Process(), False
+def watch():
+    global peak
+    while not over: peak = max(peak, process.memory_info().rss); time.sleep(0.005)
+thread = threading.Thread(target=watch); thread.start()
+try: evaluate(BitVAE.from_pretrained("demo"), [sys.argv[1]] * int(sys.argv[2]), protocol("clamped", size=32), ["psnr", "frechet_efficientnet"], batch=8, sample=200)
+finally: over = True; thread.join()
+print(peak)
+"""
+
+
+def test_memory_does_not_grow_with_the_pictures(pictures, tmp_path):
+    peaks = []
+    for n in (200, 2000):
+        env = os.environ | {"BITVAE_WEIGHTS": str(tmp_path / str(n))}
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", MEMORY, pictures / "00.png", str(n)], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout))
+    assert peaks[1] <= 1.1 * peaks[0], peaks
+
+
+def test_files_are_where_they_are_said_to_be(tmp_path):
+    assert main(["demo", "--resolutions", "32", "--folder", str(tmp_path / "new")]) == 0
+    assert sorted(f.name for f in Path(tmp_path, "new").iterdir()) == ["metrics.json"]
