@@ -24,12 +24,12 @@ from .tokenizer import weights_folder
 # %% ../nbs/05_losses.ipynb #bca8ffb9
 def squared_mean(
     z: Tensor,  # latent (B, d, h, w)
-) -> Tensor:  # scalar; negative at times, as unbiased estimates of small squares are
+) -> Tensor:  # scalar, at least 0
     "Squared length of the latents' mean, estimated from the products of different pictures' means, over all processes."
     means, processes = z.mean(dim=(2, 3)), dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     whole, single = over_ranks(means.mean(0)).square().sum(), over_ranks(means.square().sum(1).mean())
     n = len(z) * processes
-    return (n * whole - single) / (n - 1) if n > 1 else whole
+    return F.relu((n * whole - single) / (n - 1)) if n > 1 else whole
 
 # %% ../nbs/05_losses.ipynb #65b8723d
 QUANTIZER, ADVERSARIAL = 4.0, 0.3

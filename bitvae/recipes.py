@@ -125,7 +125,7 @@ DEMO1 = replace(
 )  # fmt: skip
 DEMO2 = replace(
     DEMO1, name="demo_stage2", start="", start_norm=None, size=(128, 256), batch=(4, 1), pixels="l1", perceptual="efficientnet",
-    perceptual_weight=0.02, lr=5e-4, steps=1400, checkpoint_every=100,
+    perceptual_weight=0.02, lr=5e-4, steps=1200, checkpoint_every=100,
 )  # fmt: skip
 FINETUNE = TrainConfig(
     name="finetune", model=None, start="", batch=4, steps=10_000, lr=2e-5, warmup=0.02, decay="cosine", ema=0.999,

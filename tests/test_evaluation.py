@@ -88,7 +88,8 @@ def same(a, b):
             assert row.keys() == other.keys() and len(row["per_image"]["psnr"]) == 37
             for key in row:
                 if isinstance(row[key], float): assert row[key] == pytest.approx(other[key], abs=1e-6), (label, name, key)
-            for metric, values in row["per_image"].items(): assert values == pytest.approx(other["per_image"][metric], abs=1e-6)
+            for metric, values in row["per_image"].items():  # of one picture, a value may round to the next byte: 5e-6 dB
+                assert values == pytest.approx(other["per_image"][metric], abs=2e-5)
 
 
 def test_two_processes_count_every_picture_once(worker, plain, tmp_path):
@@ -208,15 +209,16 @@ def test_fid_of_an_evaluation(networks, tmp_path, monkeypatch):
 
 # the published layout, and bad input
 
-def test_a_checkpoint_in_the_published_format(golden, tmp_path):
+def test_a_checkpoint_in_the_published_format(tmp_path):
     from safetensors.torch import save_file
 
     tok = BitVAE(BitVAEConfig(dim=16, channels=16, multipliers=(1, 1, 2), res_blocks=1, stride=4)).eval()
-    save_file({published_names(tok)[name] if callable(published_names) else name: w for name, w in tok.state_dict().items()}, tmp_path / "vae.safetensors")
+    names = published_names(tok)
+    save_file({names.get(name, name): w.contiguous() for name, w in tok.state_dict().items()}, tmp_path / "vae.safetensors")
     assert main([str(tmp_path / "vae.safetensors"), "--resolutions", "32", "--protocols", "published", "clamped", "--folder", str(tmp_path)]) == 0
     results = read_results(tmp_path)
     assert results["tokenizer"]["dim"] == 16 and list(results["protocols"]) == ["published 32", "clamped 32"]
-    with pytest.raises(ValueError, match="clamp False and True, rounding truncate and round|mode"): rank({"a": results})
+    with pytest.raises(ValueError, match="mode dynamic and None, clamp False and True, rounding truncate and round"): rank({"a": results})
 
 
 def test_bad_input_is_named(tmp_path, capsys):
