@@ -26,7 +26,7 @@ from .comparison import read_results
 from .data import write_list
 from .evaluation import add_arguments as add_evaluation, command_line, evaluate_from, table
 from .recipes import parse_setting
-from .tokenizer import RELEASED, BitVAE
+from .tokenizer import BitVAE
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
 
 # %% ../nbs/12_cli.ipynb #c00d88c2

@@ -6,17 +6,17 @@
 __all__ = ['HIGHER', 'PUBLISHED', 'read_results', 'entries', 'protocol_table', 'rank', 'differences', 'comparable',
            'published_table']
 
-# %% ../nbs/09a_comparison.ipynb #40b223a2
+# %% ../nbs/09a_comparison.ipynb #7d701787
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from .evaluation import METRICS, TITLES, rows_in
+from .evaluation import METRICS, rows_in
 from .protocols import Protocol
 
-# %% ../nbs/09a_comparison.ipynb #17fed440
+# %% ../nbs/09a_comparison.ipynb #6aa967bb
 def read_results(
     file: str | os.PathLike,  # metrics.json, or a folder that holds it
 ) -> dict:
@@ -29,7 +29,7 @@ def read_results(
         raise ValueError(f"{file} holds no results of this version: evaluate again")
     return results
 
-# %% ../nbs/09a_comparison.ipynb #18a2b231
+# %% ../nbs/09a_comparison.ipynb #0cd0170c
 def entries(
     named: Mapping[str, dict],  # results by name
 ) -> dict[str, tuple[dict, dict]]:  # "name, protocol" -> its entry, and the results it is in
@@ -48,7 +48,7 @@ def protocol_table(
     lines = [" " * 15 + "".join(f"{name:>{width}}" for name in columns)]
     return "\n".join(lines + [f"{'*' if len(set(v)) > 1 else ' '} {name:13}" + "".join(f"{cell:>{width}}" for cell in v) for name, v in rows.items()])
 
-# %% ../nbs/09a_comparison.ipynb #94ffea2c
+# %% ../nbs/09a_comparison.ipynb #2047b3a4
 HIGHER = ("psnr", "ssim", "ms_ssim", "precision", "recall")  # is better, of these
 
 
@@ -66,7 +66,7 @@ def rank(
     if without := [name for name, row in last.items() if metric not in row]: raise ValueError(f"no {metric} in {', '.join(without)}: evaluate it with that metric, one of {', '.join(METRICS)}")
     return sorted(((name, float(row[metric])) for name, row in last.items()), key=lambda pair: pair[1], reverse=metric in HIGHER)
 
-# %% ../nbs/09a_comparison.ipynb #822b97e4
+# %% ../nbs/09a_comparison.ipynb #1ed88977
 def differences(
     a: tuple[str, tuple[dict, dict]],  # from `entries`
     b: tuple[str, tuple[dict, dict]],
@@ -77,7 +77,7 @@ def differences(
     if here["fingerprint"] != there["fingerprint"]: what.append(f"photographs {len(here['images'])} and {len(there['images'])}, not the same")
     return f"{name} and {other} differ in {', '.join(what)}" if what else ""
 
-# %% ../nbs/09a_comparison.ipynb #99ecce85
+# %% ../nbs/09a_comparison.ipynb #4ac7103e
 def comparable(
     named: Mapping[str, dict],  # results by name
 ) -> list[dict[str, dict]]:  # groups, each of which `rank` takes
@@ -88,7 +88,7 @@ def comparable(
             groups.setdefault((entry["hash"], results["fingerprint"]), {})[name] = results | {"protocols": {label: entry}}
     return list(groups.values())
 
-# %% ../nbs/09a_comparison.ipynb #d6df1dd0
+# %% ../nbs/09a_comparison.ipynb #07272fe7
 PUBLISHED = {  # weights -> size -> metric
     "infinity_vae_d16": {256: {"fid": 1.22, "psnr": 20.9}, 512: {"fid": 0.31, "psnr": 22.6}},
     "infinity_vae_d24": {256: {"fid": 0.75, "psnr": 22.0}, 512: {"fid": 0.30, "psnr": 23.5}},

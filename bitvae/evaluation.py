@@ -7,11 +7,11 @@ __all__ = ['THUMBNAILS', 'LIBRARIES', 'METRICS', 'View', 'SETS', 'PHOTOGRAPHS', 
            'prefixes', 'plot_progressive', 'Row', 'rows_of', 'load_networks', 'score', 'views_of', 'features_in',
            'Tally', 'Plan', 'original', 'add_features', 'add_batch', 'CutPictures', 'read_batches', 'ranks',
            'wait_for_all', 'write_part', 'read_parts', 'evaluate_pending', 'reference_file', 'read_reference',
-           'references', 'interval', 'summarize', 'complaints', 'check_job', 'as_protocols', 'evaluate', 'rows_in',
-           'metrics_in', 'table', 'plain', 'save_results', 'plot_quality', 'plot_extremes', 'add_arguments',
-           'command_line', 'evaluate_from', 'main']
+           'references', 'interval', 'summarize', 'complaints', 'check_job', 'as_protocols', 'evaluate_alike',
+           'evaluate', 'rows_in', 'metrics_in', 'table', 'plain', 'save_results', 'plot_quality', 'plot_extremes',
+           'add_arguments', 'command_line', 'evaluate_from', 'main']
 
-# %% ../nbs/09_evaluation.ipynb #77856342
+# %% ../nbs/09_evaluation.ipynb #0a4d29e2
 import argparse
 import datetime
 import hashlib
@@ -26,7 +26,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ from .protocols import PROTOCOLS, Protocol, crop_key, cut_picture, eight_bits, m
 from .tokenizer import BitVAE, tokenizer_files, weights_folder
 from .usage import ScaleUsage, count_bits, describe_usage
 
-# %% ../nbs/09_evaluation.ipynb #995ac72c
+# %% ../nbs/09_evaluation.ipynb #5cc6b2e9
 THUMBNAILS = (1, 2, 4, 8, 16)
 
 
@@ -58,7 +57,7 @@ def thumbnail(
     small = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
     return F.interpolate(small.clamp(-1, 1), size=x.shape[-2:], mode="bicubic").clamp(-1, 1)
 
-# %% ../nbs/09_evaluation.ipynb #ecba7bfe
+# %% ../nbs/09_evaluation.ipynb #8dc98b94
 def jpeg(
     picture: Tensor,        # (3, H, W) in [-1, 1]
     bits_per_pixel: float,  # at least
@@ -70,7 +69,7 @@ def jpeg(
         if (took := 8 * file.tell() / (h * w)) >= bits_per_pixel: break
     return to_tensor(Image.open(file))[0], took
 
-# %% ../nbs/09_evaluation.ipynb #02c29f44
+# %% ../nbs/09_evaluation.ipynb #01e3ba39
 def prefixes(
     tok: BitVAE,
     bits: Bits,
@@ -79,7 +78,7 @@ def prefixes(
     "Decode every prefix of the scales, coarse to fine."
     for k in range(1, len(bits) + 1): yield bits[:k], tok.decode(bits[:k], clamp)
 
-# %% ../nbs/09_evaluation.ipynb #47fe443e
+# %% ../nbs/09_evaluation.ipynb #ef0da3ee
 def plot_progressive(
     tok: BitVAE,
     x: Tensor,             # pictures (B, 3, H, W) in [-1, 1]
@@ -95,7 +94,7 @@ def plot_progressive(
     titles = [title[i] for i in range(len(x)) for _, title in columns]
     return show_images(pictures, titles, columns=len(columns), width=width)
 
-# %% ../nbs/09_evaluation.ipynb #c18a4746
+# %% ../nbs/09_evaluation.ipynb #a9d9ddde
 @dataclass
 class Row:
     "Reconstructions of a batch by one means."
@@ -106,7 +105,7 @@ class Row:
     bits_per_pixel: list | None = None  # of each picture, where they differ
     scales: bool = False      # whether it is a prefix of the tokenizer's scales
 
-# %% ../nbs/09_evaluation.ipynb #d79e3c5b
+# %% ../nbs/09_evaluation.ipynb #497a337f
 def rows_of(
     tok: BitVAE,
     x: Tensor,                    # (B, 3, H, W)
@@ -123,7 +122,7 @@ def rows_of(
         facts = {"scales": k, "last_scale": scale, "bits": part.count, "bits_per_pixel": part.count / x[0, 0].numel()}
         yield Row(f"{k} scale{'s' * (k > 1)}", y, facts, scales=True)
 
-# %% ../nbs/09_evaluation.ipynb #fa4d5f38
+# %% ../nbs/09_evaluation.ipynb #798402a8
 LIBRARIES = {
     "psnr": "scikit-image", "ssim": "scikit-image", "ms_ssim": "pytorch-msssim", "lpips": "lpips", "efficientnet": "efficientnet-lite-pytorch",
     "fid": "torch-fidelity", "frechet_efficientnet": "torch-fidelity",
@@ -145,7 +144,7 @@ def load_networks(
     if "frechet_efficientnet" in metrics: makers["efficientnet-lite0"] = EfficientNetFeatures
     return {name: make().to(device) for name, make in makers.items()}
 
-# %% ../nbs/09_evaluation.ipynb #1e56476d
+# %% ../nbs/09_evaluation.ipynb #2fa543c5
 def score(
     x: Tensor,  # pictures (B, 3, H, W)
     y: Tensor,  # reconstructions, not clamped
@@ -164,7 +163,7 @@ def score(
         for key, does in work.items(): memo[key] = memo[key] if key in memo else does()
     return {key[0]: memo[key] for key in work}
 
-# %% ../nbs/09_evaluation.ipynb #f8f4cd80
+# %% ../nbs/09_evaluation.ipynb #42c1fb7e
 View = tuple[str, bool, str]  # network, clamped, rounding to bytes or ""
 SETS = {"fid": "", "frechet_efficientnet": "_efficientnet"}  # ending of the other distances' names
 
@@ -185,7 +184,7 @@ def features_in(
     name, clamp, rounding = view
     with torch.inference_mode(): return nets[name](eight_bits(y, p) if rounding else y.clamp(-1, 1) if clamp else y).cpu()
 
-# %% ../nbs/09_evaluation.ipynb #b7937001
+# %% ../nbs/09_evaluation.ipynb #d87a19a9
 PHOTOGRAPHS = "photographs"  # in the place of a row's name: features of the originals
 
 
@@ -210,7 +209,7 @@ class Tally:
         if not self.usage: self.usage = [ScaleUsage(len(u.both)) for u in other.usage]
         for mine, others in zip(self.usage, other.usage, strict=True): mine.merge(others)
 
-# %% ../nbs/09_evaluation.ipynb #58fe9fcc
+# %% ../nbs/09_evaluation.ipynb #179d7605
 @dataclass
 class Plan:
     "What is to be found out, for protocols that cut pictures alike and have the same schedule."
@@ -233,7 +232,7 @@ def original(view: View) -> View:
     "How the originals are seen: clamping changes nothing in them."
     return (view[0], True, view[2])
 
-# %% ../nbs/09_evaluation.ipynb #fd66b794
+# %% ../nbs/09_evaluation.ipynb #582eee3c
 def add_features(
     tally: Tally,
     name: str,   # of the row
@@ -248,7 +247,7 @@ def add_features(
         tally.moments.setdefault((name, view), Moments(features.shape[1])).add(features)
         tally.kept.setdefault((name, view), []).extend(f.clone() for f, n in zip(features, numbers, strict=True) if n in plan.sample)
 
-# %% ../nbs/09_evaluation.ipynb #2a307499
+# %% ../nbs/09_evaluation.ipynb #00dccbd1
 def add_batch(
     tally: Tally,
     x: Tensor,   # pictures (B, 3, H, W)
@@ -273,7 +272,7 @@ def add_batch(
     tally.done += numbers
     tally.digests += [hashlib.blake2b(to_uint8(picture).cpu().numpy().tobytes(), digest_size=8).hexdigest() for picture in x]
 
-# %% ../nbs/09_evaluation.ipynb #dc8bafcb
+# %% ../nbs/09_evaluation.ipynb #718d349c
 class CutPictures(Dataset):
     "Pictures as a protocol cuts them, with their numbers; what goes wrong is returned, to be raised where it is read."
 
@@ -300,7 +299,7 @@ def read_batches(
             if isinstance(picture, Exception): raise picture
         yield [number for number, _ in rows], torch.cat([picture for _, picture in rows])
 
-# %% ../nbs/09_evaluation.ipynb #f8a33486
+# %% ../nbs/09_evaluation.ipynb #1abfcb89
 SAVE_EVERY = 60.0  # seconds
 
 
@@ -318,7 +317,7 @@ def wait_for_all(what: str) -> None:
     if not hasattr(wait_for_all, "store"): wait_for_all.store = next(rendezvous("env://", timeout=datetime.timedelta(days=7)))[0]
     barrier(wait_for_all.store, world, f"bitvae {what}", barrier_timeout=7 * 24 * 3600)
 
-# %% ../nbs/09_evaluation.ipynb #36c7fd50
+# %% ../nbs/09_evaluation.ipynb #35c02f4f
 def write_part(tally: Tally, file: Path) -> None:
     "Write a tally, in one step."
     with replacing(file) as part: torch.save(tally, part)
@@ -334,7 +333,7 @@ def read_parts(folder: Path) -> list[Tally]:
             raise ValueError(f"{file} is damaged ({type(e).__name__}): remove it, and its pictures will be evaluated again") from e
     return parts
 
-# %% ../nbs/09_evaluation.ipynb #f82952f6
+# %% ../nbs/09_evaluation.ipynb #2b86fd6f
 def evaluate_pending(
     plan: Plan,
     files: Pictures,
@@ -365,7 +364,7 @@ def evaluate_pending(
     for part in read_parts(folder): whole.merge(part)
     return whole
 
-# %% ../nbs/09_evaluation.ipynb #767079cf
+# %% ../nbs/09_evaluation.ipynb #8550ed00
 def reference_file(
     view: View,
     p: Protocol,
@@ -389,7 +388,7 @@ def read_reference(file: Path) -> dict | None:
         warnings.warn(f"{file} is damaged ({type(e).__name__}) and made anew", stacklevel=2)
         return None
 
-# %% ../nbs/09_evaluation.ipynb #192ce31e
+# %% ../nbs/09_evaluation.ipynb #a0070a35
 def references(
     plan: Plan,
     whole: Tally,
@@ -408,7 +407,7 @@ def references(
         except OSError as e: warnings.warn(f"features of the originals are not kept for the next time: {e}", stacklevel=2)
     return found
 
-# %% ../nbs/09_evaluation.ipynb #f608408c
+# %% ../nbs/09_evaluation.ipynb #a1c777e5
 def interval(
     values: Tensor,  # one per picture
 ) -> list[float] | None:  # two numbers; None for a single picture, or infinite values
@@ -420,7 +419,7 @@ def interval(
     found = bootstrap((values.numpy(),), np.mean, n_resamples=1000, batch=100, method="percentile", rng=np.random.default_rng(0))
     return [float(v) for v in found.confidence_interval]
 
-# %% ../nbs/09_evaluation.ipynb #e2405965
+# %% ../nbs/09_evaluation.ipynb #585d2418
 def summarize(
     plan: Plan,
     whole: Tally,
@@ -442,7 +441,7 @@ def summarize(
             rows[row] |= {key + SETS[metric]: value for key, value in more.items()}
     return rows
 
-# %% ../nbs/09_evaluation.ipynb #e98bf68a
+# %% ../nbs/09_evaluation.ipynb #c9a217af
 def complaints(
     names: Sequence[str],  # of the pictures
     digests: Sequence[str],  # of their pixels, in the same order
@@ -454,7 +453,7 @@ def complaints(
     if copies: said.append(f"{len(copies)} of {len(names)} pictures have the pixels of another ({copies[0][0]} those of {copies[0][1]}): they count twice")
     return said + list(dict.fromkeys(text for net in nets.values() if hasattr(net, "dim") and (text := too_few(len(names), net.dim))))
 
-# %% ../nbs/09_evaluation.ipynb #c0b10a60
+# %% ../nbs/09_evaluation.ipynb #96c8ad61
 def check_job(
     folder: Path,  # of the parts
     job: dict,     # what is to be found out
@@ -467,7 +466,7 @@ def check_job(
         raise ValueError(f"{folder} holds an unfinished evaluation with other {', '.join(other)}: finish that one, remove it, or choose another folder")
     with replacing(file) as part: part.write_text(json.dumps(job, indent=1) + "\n")
 
-# %% ../nbs/09_evaluation.ipynb #576ff7fa
+# %% ../nbs/09_evaluation.ipynb #b7313335
 def as_protocols(
     chosen: str | Protocol | Sequence[str | Protocol],
 ) -> list[Protocol]:
@@ -476,9 +475,32 @@ def as_protocols(
     protocols = [protocol(p) if isinstance(p, str) else p for p in several]
     if not protocols: raise ValueError(f"no protocol: choose of {', '.join(PROTOCOLS)}")
     if len({str(p) for p in protocols}) < len(protocols): raise ValueError(f"the same protocol twice: {', '.join(map(str, protocols))}")
-    return sorted(protocols, key=lambda p: (crop_key(p), p.mode or ""))
+    return protocols
 
-# %% ../nbs/09_evaluation.ipynb #fe98a43b
+# %% ../nbs/09_evaluation.ipynb #39308bd9
+def evaluate_alike(
+    plan: Plan,
+    schedule: str,  # mode of the scales
+    files: Pictures,
+    folder: Path | None,  # for the tallies
+    batch: int,
+    workers: int,
+) -> tuple[dict, dict, list[str]] | None:  # bits, entries of the protocols, digests of the pictures; nothing but in the first process
+    "Evaluate by protocols that can share their pictures and bits."
+    if folder: folder.mkdir(exist_ok=True)
+    known = {original(v): read_reference(reference_file(original(v), p, files, plan.sample, plan.nets[v[0]])) for v, p in plan.views.items()}
+    plan.known, mode = {view: r for view, r in known.items() if r}, plan.tok.quantizer.mode
+    try:
+        plan.tok.quantizer.mode = schedule
+        whole = evaluate_pending(plan, files, folder, batch, workers)
+    finally: plan.tok.quantizer.mode = mode
+    if whole is None: return None
+    found = references(plan, whole, files)
+    bits = {"scales": [facts["last_scale"] for facts in whole.facts.values() if "scales" in facts], "usage": [describe_usage(u) for u in whole.usage]}
+    entries = {str(p): {"protocol": asdict(p), "hash": protocol_hash(p), "rows": summarize(plan, whole, found, p)} for p in plan.protocols}
+    return bits, entries, [whole.digests[i] for i in np.argsort(whole.done)]
+
+# %% ../nbs/09_evaluation.ipynb #36318a3c
 def evaluate(
     tok: BitVAE,
     images: Source = "held-out",  # see `image_files`
@@ -492,36 +514,26 @@ def evaluate(
 ) -> dict:  # ready for JSON; empty in all but the first process
     "Evaluate a tokenizer after every number of scales; raises what `image_files`, `cut_picture` and `load_networks` raise, or `ValueError`."
     if ranks()[1] > 1 and not folder: raise ValueError("several processes need a folder to put their findings together: give one")
-    protocols, files, mode = as_protocols(protocols), image_files(images), tok.quantizer.mode
-    nets, device, entries, usage = load_networks(metrics, protocols, tok.device), tok.device, {}, {}
-    weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
-    about = {"tokenizer": asdict(tok.config), "weights": weights, "fingerprint": fingerprint(files), "metrics": list(metrics), "jpegs": list(jpegs), "sample": sample}
-    parts = folder and Path(folder) / "parts"
-    if parts and ranks()[0] == 0: check_job(parts, about | {"protocols": {str(p): protocol_hash(p) for p in protocols}, "mode": mode})
+    protocols, files, groups, bits, entries = as_protocols(protocols), image_files(images), {}, {}, {}
+    nets, parts, chosen = load_networks(metrics, protocols, tok.device), folder and Path(folder) / "parts", sampled(len(files), sample)
+    about = {"tokenizer": asdict(tok.config), "weights": hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16],
+             "fingerprint": fingerprint(files), "metrics": list(metrics), "jpegs": list(jpegs), "sample": sample}  # fmt: skip
+    if parts and ranks()[0] == 0: check_job(parts, about | {"protocols": {str(p): protocol_hash(p) for p in protocols}, "mode": tok.quantizer.mode})
     if parts: wait_for_all("job")
-    for (cut, schedule), same in groupby(protocols, key=lambda p: (crop_key(p), p.mode or mode)):
-        same, chosen, name = list(same), sampled(len(files), sample), f"{schedule} {cut}"
-        plan = Plan(tok, same, metrics, nets, jpegs, chosen, {})
-        known = {original(v): read_reference(reference_file(original(v), p, files, chosen, nets[v[0]])) for v, p in plan.views.items()}
-        plan.known = {view: r for view, r in known.items() if r}
-        if (place := parts and parts / name.replace(" ", "-")): place.mkdir(exist_ok=True)
-        try:
-            tok.quantizer.mode = schedule
-            whole = evaluate_pending(plan, files, place, batch, workers)
-        finally: tok.quantizer.mode = mode
-        if whole is None: continue
-        found = references(plan, whole, files)
-        order = np.argsort(whole.done)
-        usage[name] = {"scales": [facts["last_scale"] for facts in whole.facts.values() if "scales" in facts], "usage": [describe_usage(u) for u in whole.usage]}
-        entries |= {str(p): {"protocol": asdict(p), "hash": protocol_hash(p), "bits": name, "rows": summarize(plan, whole, found, p)} for p in same}
-        said = complaints([f.name for f in files], [whole.digests[i] for i in order], nets)
+    for p in protocols: groups.setdefault((p.mode or tok.quantizer.mode, crop_key(p)), []).append(p)
+    for (schedule, cut), alike in groups.items():
+        plan = Plan(tok, alike, metrics, nets, jpegs, chosen, {})
+        if (found := evaluate_alike(plan, schedule, files, parts and parts / f"{schedule}-{cut}", batch, workers)) is None: continue
+        bits[name := f"{schedule} {cut}"], rows, digests = found
+        entries |= {label: entry | {"bits": name} for label, entry in rows.items()}
     if ranks()[0] > 0: return {}
+    said = complaints([f.name for f in files], digests, nets)
     for text in said: warnings.warn(text, stacklevel=2)
     libraries = {m: f"{LIBRARIES[m]} {importlib.metadata.version(LIBRARIES[m])}" for m in metrics}
-    results = about | {"images": [f.name for f in files], "libraries": libraries, "warnings": said, "bits": usage, "protocols": entries}
+    results = about | {"images": [f.name for f in files], "libraries": libraries, "warnings": said, "bits": bits, "protocols": {str(p): entries[str(p)] for p in protocols}}
     return json.loads(json.dumps(results))  # lists for tuples, as they will be read from a file
 
-# %% ../nbs/09_evaluation.ipynb #ad72c774
+# %% ../nbs/09_evaluation.ipynb #42611ca4
 def rows_in(
     results: dict,             # from `evaluate`
     label: str | None = None,  # of a protocol with its size; None: the first
@@ -537,7 +549,7 @@ def metrics_in(rows: Mapping[str, dict]) -> list[str]:
     last = [r for r in rows.values() if "scales" in r][-1]
     return [m for m, value in last.items() if isinstance(value, float) and m not in ("bits_per_pixel", "kid_std", "kid_std_efficientnet")]
 
-# %% ../nbs/09_evaluation.ipynb #9d3e7ce0
+# %% ../nbs/09_evaluation.ipynb #54202676
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "fid": "FID", "kid": "KID"}
 
 
@@ -555,7 +567,7 @@ def table(
         lines.append(f"{name:16}{scale:>11}{r.get('bits', ''):>9}{rate:>12}" + "".join(f"{n:>{max(len(TITLES.get(m, m)) + 2, 10)}}" for m, n in zip(names, numbers, strict=True)))
     return "\n".join(lines + [f"Note: {text}." for text in results["warnings"]])
 
-# %% ../nbs/09_evaluation.ipynb #6d8c74a7
+# %% ../nbs/09_evaluation.ipynb #d45e0a66
 def plain(value: object) -> object:
     "Replace numbers that JSON does not have by their names."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
@@ -572,7 +584,7 @@ def save_results(
     shutil.rmtree(Path(file).parent / "parts", ignore_errors=True)
     return Path(file)
 
-# %% ../nbs/09_evaluation.ipynb #562c9cf0
+# %% ../nbs/09_evaluation.ipynb #4f4c263e
 def plot_quality(
     results: dict,        # from `evaluate`
     metric: str = "psnr", # or another of the results
@@ -596,7 +608,7 @@ def plot_quality(
     plt.close(fig)
     return fig
 
-# %% ../nbs/09_evaluation.ipynb #7846981a
+# %% ../nbs/09_evaluation.ipynb #e6c56f94
 def plot_extremes(
     tok: BitVAE,
     files: Pictures,      # that were evaluated
@@ -616,7 +628,7 @@ def plot_extremes(
     titles = [f"{results['images'][i]}\n{scores[i]:.1f} dB" for i in chosen]
     return show_images([x, y, error], titles, columns=len(chosen), width=width)
 
-# %% ../nbs/09_evaluation.ipynb #cba845d8
+# %% ../nbs/09_evaluation.ipynb #475cd6cc
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     "What can be said about an evaluation on a command line."
     parser.add_argument("tokenizer", help="a folder, a checkpoint, or a name such as demo")
@@ -630,7 +642,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures, for each one that evaluates")
     parser.add_argument("--folder", help="for metrics.json; an interrupted evaluation goes on in it")
 
-# %% ../nbs/09_evaluation.ipynb #beb78a94
+# %% ../nbs/09_evaluation.ipynb #4cb98585
 def command_line(
     tokenizer: str | os.PathLike,
     **options,  # of `add_arguments`; empty ones are left out
@@ -639,7 +651,7 @@ def command_line(
     given = {name: value if isinstance(value, list | tuple) else [value] for name, value in options.items() if value not in (None, "", [], ())}
     return [str(tokenizer)] + [word for name, values in given.items() for word in (f"--{name}", *map(str, values))]
 
-# %% ../nbs/09_evaluation.ipynb #14c0d7f9
+# %% ../nbs/09_evaluation.ipynb #938e6dd7
 def evaluate_from(args: argparse.Namespace) -> dict:
     "What the arguments ask for; writes metrics.json where there is a folder."
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
@@ -658,7 +670,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     except (ValueError, TypeError, OSError, ImportError) as e: print(f"bitvae: {e}", file=sys.stderr); return 1
     return 0
 
-# %% ../nbs/09_evaluation.ipynb #0f873cc8
+# %% ../nbs/09_evaluation.ipynb #a6026581
 #| eval: false
 if __name__ == "__main__":
     from bitvae.evaluation import main  # whose classes are those that other processes read

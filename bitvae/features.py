@@ -6,9 +6,8 @@
 __all__ = ['INCEPTION_FILES', 'load_port', 'InceptionFeatures', 'EfficientNetFeatures', 'Moments', 'frechet', 'too_few',
            'sampled', 'set_distances']
 
-# %% ../nbs/08b_features.ipynb #a56dd123
+# %% ../nbs/08b_features.ipynb #42b7c7af
 import os
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 from urllib.error import URLError
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .losses import EfficientNetDistance
 from .tokenizer import weights_folder
 
-# %% ../nbs/08b_features.ipynb #fe425cb5
+# %% ../nbs/08b_features.ipynb #714b52b4
 INCEPTION_FILES = {"pytorch-fid": "pt_inception-2015-12-05-6726825d.pth", "torch-fidelity": "weights-inception-2015-12-05-6726825d.pth"}
 
 
@@ -38,7 +37,7 @@ def load_port(
     if file is None: return inception.InceptionV3()
     with patch.object(inception, "load_state_dict_from_url", lambda *_, **__: torch.load(file, map_location="cpu", weights_only=True)): return inception.InceptionV3()
 
-# %% ../nbs/08b_features.ipynb #403763e0
+# %% ../nbs/08b_features.ipynb #a13ac4e4
 class InceptionFeatures(nn.Module):
     "Pooled features of FID's Inception, 2048 per picture."
 
@@ -66,7 +65,7 @@ class InceptionFeatures(nn.Module):
     ) -> Tensor:  # (B, 2048)
         return self.net(y if self.takes_bytes else (y + 1) / 2)[0].flatten(1)
 
-# %% ../nbs/08b_features.ipynb #0165c794
+# %% ../nbs/08b_features.ipynb #4985e3ff
 class EfficientNetFeatures(nn.Module):
     "Pooled features of EfficientNet-Lite0, 1280 per picture."
 
@@ -83,7 +82,7 @@ class EfficientNetFeatures(nn.Module):
         if min(y.shape[-2:]) < 32: raise ValueError(f"EfficientNet-Lite0 needs sides of at least 32 pixels, these pictures have {tuple(y.shape[-2:])}: take larger ones")
         return self.net.extract_features(((y + 1) * 127.5 - 127) / 128).mean((2, 3))
 
-# %% ../nbs/08b_features.ipynb #d4b9748e
+# %% ../nbs/08b_features.ipynb #8622107a
 class Moments:
     "Running sums of feature vectors, in float64."
 
@@ -111,7 +110,7 @@ class Moments:
         "(dim, dim), unbiased, as numpy's `cov`."
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
-# %% ../nbs/08b_features.ipynb #405dd6aa
+# %% ../nbs/08b_features.ipynb #2721f1db
 def frechet(a: Moments, b: Moments) -> float:
     "The Frechet distance of two sets of features: `torch-fidelity`'s; raises `ValueError` below two pictures."
     if min(a.count, b.count) < 2: raise ValueError(f"a Frechet distance needs at least 2 pictures on each side, got {a.count} and {b.count}")
@@ -129,7 +128,7 @@ def too_few(
     if count > dim: return None
     return f"{count} pictures are fewer than needed for {dim} features: the Frechet distance is biased upwards, and only comparable to others from the same pictures"
 
-# %% ../nbs/08b_features.ipynb #a11acc46
+# %% ../nbs/08b_features.ipynb #435a2417
 def sampled(
     count: int,  # pictures there are
     most: int,   # pictures to keep the features of

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'ScaleUsage', 'describe_usage', 'count_bits', 'plot_bit_usage']
 
-# %% ../nbs/08c_usage.ipynb #8560a835
+# %% ../nbs/08c_usage.ipynb #d2c94898
 import math
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from .bits import Bits
 from .quantizer import binary_entropy
 
-# %% ../nbs/08c_usage.ipynb #9f5d753f
+# %% ../nbs/08c_usage.ipynb #f251f9a7
 MOST = 20  # channels for which codes are counted
 
 
@@ -40,7 +40,7 @@ class ScaleUsage:
         "Add the counts of other pictures."
         self.tokens, self.both, self.seen = self.tokens + other.tokens, self.both + other.both, self.seen | other.seen
 
-# %% ../nbs/08c_usage.ipynb #180ecf72
+# %% ../nbs/08c_usage.ipynb #707f312a
 def describe_usage(u: ScaleUsage) -> dict:
     "Counts as shares, entropies (bits), correlations and codes, in plain numbers."
     both = u.both.double() / u.tokens
@@ -52,7 +52,7 @@ def describe_usage(u: ScaleUsage) -> dict:
     return {"tokens": u.tokens, "share_of_ones": share.tolist(), "entropy": entropy.tolist(),
             "correlation": correlation.nan_to_num(0, 0, 0).tolist()} | codes  # fmt: skip
 
-# %% ../nbs/08c_usage.ipynb #b3be7e82
+# %% ../nbs/08c_usage.ipynb #56bcfd3f
 def count_bits(
     usage: list[ScaleUsage],  # one per scale, filled in place; empty at first
     bits: Bits,
@@ -61,7 +61,7 @@ def count_bits(
     if not usage: usage += [ScaleUsage(bits.dim) for _ in bits.planes]
     for u, plane in zip(usage, bits.planes, strict=True): u.add(plane)
 
-# %% ../nbs/08c_usage.ipynb #ed46204d
+# %% ../nbs/08c_usage.ipynb #f0efb9ff
 def plot_bit_usage(
     rows: Sequence[dict],          # from `describe_usage`, one per scale
     scales: Sequence[tuple[int, int]],  # their sizes

@@ -1,5 +1,4 @@
 """`make demo`, with the recipe of three steps: what it prints, a second run, an interrupted one."""
-import json
 import signal
 import subprocess
 import sys
