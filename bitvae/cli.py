@@ -135,7 +135,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 # %% ../nbs/12_cli.ipynb #ee05166e
 def make_list_command(args: argparse.Namespace) -> None:
     "bitvae make-list"
-    file = Path(args.output or f"{args.folder.rstrip('/')}.txt")
+    file = Path(args.output) if args.output else Path(f"{Path(args.folder).resolve()}.txt")
     print(f"{write_list(args.folder, file, args.labels)} images listed: {file}")
 
 # %% ../nbs/12_cli.ipynb #3fd9b97e

@@ -98,7 +98,8 @@ def labels_of(
             raise DataError(f"{labels} must hold one number for each of the {len(files)} pictures in {folder}, it holds {len(found)} words")
         return found
     within = [file.relative_to(folder).parts[:-1] for file in files]
-    if not all(within): return [""] * len(files)
+    if not any(within): return [""] * len(files)
+    if not all(within): raise DataError(f"some pictures in {folder} lie in class folders, and {files[within.index(())].name} does not: move it, or list the class folders alone")
     classes = {name: str(n) for n, name in enumerate(sorted({parts[0] for parts in within}))}
     return [classes[parts[0]] for parts in within]
 

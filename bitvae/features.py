@@ -6,9 +6,10 @@
 __all__ = ['INCEPTION_FILES', 'load_port', 'InceptionFeatures', 'EfficientNetFeatures', 'Moments', 'frechet', 'too_few',
            'sampled', 'set_distances']
 
-# %% ../nbs/08b_features.ipynb #42b7c7af
+# %% ../nbs/08b_features.ipynb #0484c82b
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from unittest.mock import patch
 from urllib.error import URLError
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from .losses import EfficientNetDistance
 from .tokenizer import weights_folder
 
-# %% ../nbs/08b_features.ipynb #714b52b4
+# %% ../nbs/08b_features.ipynb #04e9bc15
 INCEPTION_FILES = {"pytorch-fid": "pt_inception-2015-12-05-6726825d.pth", "torch-fidelity": "weights-inception-2015-12-05-6726825d.pth"}
 
 
@@ -37,7 +38,7 @@ def load_port(
     if file is None: return inception.InceptionV3()
     with patch.object(inception, "load_state_dict_from_url", lambda *_, **__: torch.load(file, map_location="cpu", weights_only=True)): return inception.InceptionV3()
 
-# %% ../nbs/08b_features.ipynb #a13ac4e4
+# %% ../nbs/08b_features.ipynb #6501c1d0
 class InceptionFeatures(nn.Module):
     "Pooled features of FID's Inception, 2048 per picture."
 
@@ -54,6 +55,8 @@ class InceptionFeatures(nn.Module):
         self.takes_bytes = port == "torch-fidelity"
         try: self.net = load_port(port, place if file or place.exists() else None)
         except ImportError as e: raise ImportError(f"FID needs {port}: pip install 'bitvae[metrics]'") from e
+        except (RuntimeError, KeyError, UnpicklingError, EOFError) as e:
+            raise ValueError(f"{place} does not hold the weights of FID's Inception ({type(e).__name__}): fetch {INCEPTION_FILES[port]} again") from e
         except (URLError, OSError) as e:
             raise FileNotFoundError(f"FID needs Inception's weights, and they cannot be had ({e}): "
                                     f"fetch {INCEPTION_FILES[port]} on a machine with network and put it at {place}") from e  # fmt: skip
@@ -65,7 +68,7 @@ class InceptionFeatures(nn.Module):
     ) -> Tensor:  # (B, 2048)
         return self.net(y if self.takes_bytes else (y + 1) / 2)[0].flatten(1)
 
-# %% ../nbs/08b_features.ipynb #4985e3ff
+# %% ../nbs/08b_features.ipynb #42011b39
 class EfficientNetFeatures(nn.Module):
     "Pooled features of EfficientNet-Lite0, 1280 per picture."
 
@@ -82,7 +85,7 @@ class EfficientNetFeatures(nn.Module):
         if min(y.shape[-2:]) < 32: raise ValueError(f"EfficientNet-Lite0 needs sides of at least 32 pixels, these pictures have {tuple(y.shape[-2:])}: take larger ones")
         return self.net.extract_features(((y + 1) * 127.5 - 127) / 128).mean((2, 3))
 
-# %% ../nbs/08b_features.ipynb #8622107a
+# %% ../nbs/08b_features.ipynb #b3001796
 class Moments:
     "Running sums of feature vectors, in float64."
 
@@ -110,7 +113,7 @@ class Moments:
         "(dim, dim), unbiased, as numpy's `cov`."
         return (self.products - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
-# %% ../nbs/08b_features.ipynb #2721f1db
+# %% ../nbs/08b_features.ipynb #919f6f73
 def frechet(a: Moments, b: Moments) -> float:
     "The Frechet distance of two sets of features: `torch-fidelity`'s; raises `ValueError` below two pictures."
     if min(a.count, b.count) < 2: raise ValueError(f"a Frechet distance needs at least 2 pictures on each side, got {a.count} and {b.count}")
@@ -128,7 +131,7 @@ def too_few(
     if count > dim: return None
     return f"{count} pictures are fewer than needed for {dim} features: the Frechet distance is biased upwards, and only comparable to others from the same pictures"
 
-# %% ../nbs/08b_features.ipynb #435a2417
+# %% ../nbs/08b_features.ipynb #154fba8a
 def sampled(
     count: int,  # pictures there are
     most: int,   # pictures to keep the features of
@@ -141,13 +144,13 @@ def set_distances(
     x: Tensor,  # features of photographs (n, dim)
     y: Tensor,  # of reconstructions, the same shape
 ) -> dict[str, float]:
-    "KID, its spread over 100 subsets of at most 1000, precision and recall: `torch-fidelity`'s; nothing below five pictures."
+    "KID, its spread over 100 subsets of at most 1000 and at most half the pictures, precision and recall: `torch-fidelity`'s; nothing below five pictures."
     if len(x) < 5: return {}
     try: from torch_fidelity.metric_kid import kid_features_to_metric
     except ImportError as e: raise ImportError("KID needs torch-fidelity: pip install 'bitvae[metrics]'") from e
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    kid = kid_features_to_metric(y, x, kid_subsets=100, kid_subset_size=min(1000, len(x)), rng_seed=0, verbose=False)
+    kid = kid_features_to_metric(y, x, kid_subsets=100, kid_subset_size=min(1000, len(x) // 2), rng_seed=0, verbose=False)
     prc = prc_features_to_metric(y, x, prc_neighborhood=3, verbose=False)
     return {"kid": float(kid["kernel_inception_distance_mean"]), "kid_std": float(kid["kernel_inception_distance_std"]),
             "precision": prc["precision"], "recall": prc["recall"]}  # fmt: skip

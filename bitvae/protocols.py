@@ -6,7 +6,7 @@
 __all__ = ['RESIZES', 'LPIPS_NETS', 'INCEPTIONS', 'PROTOCOLS', 'Protocol', 'check_protocol', 'protocol', 'protocol_hash',
            'crop_key', 'cut_picture', 'eight_bits', 'check_pair', 'as_arrays', 'psnr', 'ssim', 'ms_ssim']
 
-# %% ../nbs/08a_protocols.ipynb #28aae65b
+# %% ../nbs/08a_protocols.ipynb #c2f1fbe8
 import hashlib
 import json
 import math
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .bits import scale_schedule
 from .images import Encoded, center_crop, open_image, to_image, to_tensor, to_uint8
 
-# %% ../nbs/08a_protocols.ipynb #818c235d
+# %% ../nbs/08a_protocols.ipynb #c31f09b4
 RESIZES = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "lanczos": Resampling.LANCZOS}
 LPIPS_NETS, INCEPTIONS = ("alex", "vgg"), ("pytorch-fid", "torch-fidelity")
 
@@ -53,7 +53,7 @@ class Protocol:
 
     def __str__(self) -> str: return f"{self.name} {self.size}"
 
-# %% ../nbs/08a_protocols.ipynb #bf86003d
+# %% ../nbs/08a_protocols.ipynb #fa69383a
 def check_protocol(p: Protocol) -> None:
     "Raise `ValueError` for a value that no protocol can have, naming it and what it may be."
     rules = {
@@ -70,7 +70,7 @@ def check_protocol(p: Protocol) -> None:
         if not holds: raise ValueError(f"{name} must be {wanted}, got {getattr(p, name)!r}")
     if p.mode is not None: scale_schedule(16, 16, p.mode)
 
-# %% ../nbs/08a_protocols.ipynb #52141f75
+# %% ../nbs/08a_protocols.ipynb #a39a8785
 PROTOCOLS = {
     p.name: p
     for p in (
@@ -97,7 +97,7 @@ def protocol(
     added = "".join(f", {key}={v}" for key, v in changed.items() if key != "size")
     return replace(base, name=name + added, **changed)
 
-# %% ../nbs/08a_protocols.ipynb #984c08c6
+# %% ../nbs/08a_protocols.ipynb #8553bdd5
 def protocol_hash(p: Protocol) -> str:
     "16 hexadecimal digits of everything but the name."
     values = {key: v for key, v in asdict(p).items() if key != "name"}
@@ -108,7 +108,7 @@ def crop_key(p: Protocol) -> str:
     "How pictures are cut, as a word; the same for protocols that can share them."
     return f"{p.resize}{'' if p.antialias else '-aliased'}{'-halved' if p.halve else ''}-{p.size}"
 
-# %% ../nbs/08a_protocols.ipynb #4872a240
+# %% ../nbs/08a_protocols.ipynb #1a43cfaf
 def cut_picture(
     file: str | os.PathLike | Encoded | Image,  # any file Pillow reads, or an open picture
     p: Protocol,
@@ -122,7 +122,7 @@ def cut_picture(
         picture = to_image(F.interpolate(to_tensor(picture), sides, mode=p.resize))
     return to_tensor(center_crop(picture, p.size, RESIZES[p.resize]))
 
-# %% ../nbs/08a_protocols.ipynb #17e7b70b
+# %% ../nbs/08a_protocols.ipynb #51ea928f
 def eight_bits(
     y: Tensor,  # pictures or reconstructions (B, 3, H, W); [-1, 1] is the range of pictures
     p: Protocol,
@@ -132,7 +132,7 @@ def eight_bits(
     scaled = (y.float() + 1) * 127.5
     return (scaled if p.rounding == "truncate" else scaled.round()).to(torch.int64).to(torch.uint8)
 
-# %% ../nbs/08a_protocols.ipynb #6ea14d52
+# %% ../nbs/08a_protocols.ipynb #da0df1dd
 def check_pair(x: Tensor, y: Tensor) -> None:
     "Raise `ValueError` for pictures that cannot be compared."
     if x.shape != y.shape: raise ValueError(f"pictures and reconstructions differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
@@ -149,7 +149,7 @@ def as_arrays(
     a, b = (eight_bits(t, p).permute(0, 2, 3, 1).cpu().numpy() / 255 for t in (x, y))
     return list(zip(a, b, strict=True))
 
-# %% ../nbs/08a_protocols.ipynb #1fb1e2bf
+# %% ../nbs/08a_protocols.ipynb #620314de
 def psnr(
     x: Tensor,  # pictures (B, 3, H, W) in [-1, 1]
     y: Tensor,  # reconstructions, the same shape
@@ -161,7 +161,7 @@ def psnr(
     with np.errstate(divide="ignore"):
         return torch.tensor([peak_signal_noise_ratio(a, b, data_range=1) for a, b in as_arrays(x, y, p)], dtype=torch.float64)
 
-# %% ../nbs/08a_protocols.ipynb #3e5e1aef
+# %% ../nbs/08a_protocols.ipynb #f5c7c401
 def ssim(
     x: Tensor,  # pictures (B, 3, H, W) in [-1, 1]
     y: Tensor,  # reconstructions, the same shape
@@ -176,7 +176,7 @@ def ssim(
     values = [structural_similarity(a, b, channel_axis=-1, data_range=p.ssim_range, **window) for a, b in as_arrays(x, y, p)]
     return torch.tensor(values, dtype=torch.float64)
 
-# %% ../nbs/08a_protocols.ipynb #f0fdf163
+# %% ../nbs/08a_protocols.ipynb #f202fab7
 def ms_ssim(
     x: Tensor,  # pictures (B, 3, H, W) in [-1, 1], sides above 160 pixels
     y: Tensor,  # reconstructions, the same shape
