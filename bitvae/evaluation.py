@@ -11,7 +11,7 @@ __all__ = ['THUMBNAILS', 'LIBRARIES', 'METRICS', 'View', 'SETS', 'PHOTOGRAPHS', 
            'check_job', 'as_protocols', 'evaluate_alike', 'evaluate', 'rows_in', 'metrics_in', 'table', 'plain',
            'save_results', 'plot_quality', 'plot_extremes', 'add_arguments', 'command_line', 'evaluate_from', 'main']
 
-# %% ../nbs/09_evaluation.ipynb #afc68049
+# %% ../nbs/09_evaluation.ipynb #353c59f3
 import argparse
 import datetime
 import hashlib
@@ -44,7 +44,7 @@ from .protocols import PROTOCOLS, Protocol, crop_key, cut_picture, eight_bits, m
 from .tokenizer import BitVAE, tokenizer_files, weights_folder
 from .usage import ScaleUsage, count_bits, describe_usage
 
-# %% ../nbs/09_evaluation.ipynb #de51c56e
+# %% ../nbs/09_evaluation.ipynb #e16e3f0b
 THUMBNAILS = (1, 2, 4, 8, 16)
 
 
@@ -57,7 +57,7 @@ def thumbnail(
     small = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
     return F.interpolate(small.clamp(-1, 1), size=x.shape[-2:], mode="bicubic").clamp(-1, 1)
 
-# %% ../nbs/09_evaluation.ipynb #a1562b29
+# %% ../nbs/09_evaluation.ipynb #ff550dfb
 def jpeg(
     picture: Tensor,        # (3, H, W) in [-1, 1]
     bits_per_pixel: float,  # at least
@@ -69,7 +69,7 @@ def jpeg(
         if (took := 8 * file.tell() / (h * w)) >= bits_per_pixel: break
     return to_tensor(Image.open(file))[0], took
 
-# %% ../nbs/09_evaluation.ipynb #0550c0d6
+# %% ../nbs/09_evaluation.ipynb #360ded46
 def prefixes(
     tok: BitVAE,
     bits: Bits,
@@ -78,7 +78,7 @@ def prefixes(
     "Decode every prefix of the scales, coarse to fine."
     for k in range(1, len(bits) + 1): yield bits[:k], tok.decode(bits[:k], clamp)
 
-# %% ../nbs/09_evaluation.ipynb #d3f6da96
+# %% ../nbs/09_evaluation.ipynb #44110d70
 def plot_progressive(
     tok: BitVAE,
     x: Tensor,             # pictures (B, 3, H, W) in [-1, 1]
@@ -94,7 +94,7 @@ def plot_progressive(
     titles = [title[i] for i in range(len(x)) for _, title in columns]
     return show_images(pictures, titles, columns=len(columns), width=width)
 
-# %% ../nbs/09_evaluation.ipynb #9438f506
+# %% ../nbs/09_evaluation.ipynb #2dfd5236
 @dataclass
 class Row:
     "Reconstructions of a batch by one means."
@@ -105,7 +105,7 @@ class Row:
     bits_per_pixel: list | None = None  # of each picture, where they differ
     scales: bool = False      # whether it is a prefix of the tokenizer's scales
 
-# %% ../nbs/09_evaluation.ipynb #540201d4
+# %% ../nbs/09_evaluation.ipynb #3bbe6daa
 def rows_of(
     tok: BitVAE,
     x: Tensor,                    # (B, 3, H, W)
@@ -122,7 +122,7 @@ def rows_of(
         facts = {"scales": k, "last_scale": scale, "bits": part.count, "bits_per_pixel": part.count / x[0, 0].numel()}
         yield Row(f"{k} scale{'s' * (k > 1)}", y, facts, scales=True)
 
-# %% ../nbs/09_evaluation.ipynb #969cdfa8
+# %% ../nbs/09_evaluation.ipynb #b2114d1e
 LIBRARIES = {
     "psnr": "scikit-image", "ssim": "scikit-image", "ms_ssim": "pytorch-msssim", "lpips": "lpips", "efficientnet": "efficientnet-lite-pytorch",
     "fid": "torch-fidelity", "frechet_efficientnet": "torch-fidelity",
@@ -144,7 +144,7 @@ def load_networks(
     if "frechet_efficientnet" in metrics: makers["efficientnet-lite0"] = EfficientNetFeatures
     return {name: make().to(device) for name, make in makers.items()}
 
-# %% ../nbs/09_evaluation.ipynb #f423f126
+# %% ../nbs/09_evaluation.ipynb #a6b9e52c
 def score(
     x: Tensor,  # pictures (B, 3, H, W)
     y: Tensor,  # reconstructions, not clamped
@@ -163,7 +163,7 @@ def score(
         for key, does in work.items(): memo[key] = memo[key] if key in memo else does()
     return {key[0]: memo[key] for key in work}
 
-# %% ../nbs/09_evaluation.ipynb #252cdaaa
+# %% ../nbs/09_evaluation.ipynb #cbb9dd36
 View = tuple[str, bool, str]  # network, clamped, rounding to bytes or ""
 SETS = {"fid": "", "frechet_efficientnet": "_efficientnet"}  # ending of the other distances' names
 
@@ -184,7 +184,7 @@ def features_in(
     name, clamp, rounding = view
     with torch.inference_mode(): return nets[name](eight_bits(y, p) if rounding else y.clamp(-1, 1) if clamp else y).cpu()
 
-# %% ../nbs/09_evaluation.ipynb #66cc6bbf
+# %% ../nbs/09_evaluation.ipynb #6b2cc7ef
 PHOTOGRAPHS = "photographs"  # in the place of a row's name: features of the originals
 
 
@@ -213,7 +213,7 @@ class Tally:
         "One tensor in the place of many small ones."
         for values in (*self.scores.values(), *self.kept.values()): values[:] = [torch.cat(values)]
 
-# %% ../nbs/09_evaluation.ipynb #42fb0025
+# %% ../nbs/09_evaluation.ipynb #72acf9e4
 @dataclass
 class Plan:
     "What is to be found out, for protocols that cut pictures alike and have the same schedule."
@@ -236,7 +236,7 @@ def original(view: View) -> View:
     "How the originals are seen: clamping changes nothing in them."
     return (view[0], True, view[2])
 
-# %% ../nbs/09_evaluation.ipynb #3d783169
+# %% ../nbs/09_evaluation.ipynb #e04ec07d
 def add_features(
     tally: Tally,
     name: str,   # of the row
@@ -251,7 +251,7 @@ def add_features(
         tally.moments.setdefault((name, view), Moments(features.shape[1])).add(features)
         tally.kept.setdefault((name, view), []).append(features[[n in plan.sample for n in numbers]].clone())
 
-# %% ../nbs/09_evaluation.ipynb #ba52be45
+# %% ../nbs/09_evaluation.ipynb #8b52e35b
 def add_batch(
     tally: Tally,
     x: Tensor,   # pictures (B, 3, H, W)
@@ -276,7 +276,7 @@ def add_batch(
     tally.done += numbers
     tally.digests += [hashlib.blake2b(to_uint8(picture).cpu().numpy().tobytes(), digest_size=8).hexdigest() for picture in x]
 
-# %% ../nbs/09_evaluation.ipynb #3e5d10dc
+# %% ../nbs/09_evaluation.ipynb #fe42a20e
 class CutPictures(Dataset):
     "Pictures as a protocol cuts them, with their numbers; what goes wrong is returned, to be raised where it is read."
 
@@ -303,7 +303,7 @@ def read_batches(
             if isinstance(picture, Exception): raise picture
         yield [number for number, _ in rows], torch.cat([picture for _, picture in rows])
 
-# %% ../nbs/09_evaluation.ipynb #9725d244
+# %% ../nbs/09_evaluation.ipynb #95e6d0a9
 SAVE_EVERY = 60.0  # seconds
 MET = []           # what was waited for
 
@@ -323,7 +323,7 @@ def wait_for_all() -> None:
     MET.append(f"bitvae {len(MET)}")  # each name serves once
     barrier(MET[0], world, MET[-1], barrier_timeout=7 * 24 * 3600)
 
-# %% ../nbs/09_evaluation.ipynb #c1d7d5f6
+# %% ../nbs/09_evaluation.ipynb #f37a2b90
 def write_part(tally: Tally, file: Path) -> None:
     "Write a tally, in one step."
     tally.compact()
@@ -339,7 +339,7 @@ def read_parts(folder: Path) -> Iterator[Tally]:
             raise ValueError(f"{file} is damaged ({type(e).__name__}): remove it, and its pictures will be evaluated again") from e
         yield part
 
-# %% ../nbs/09_evaluation.ipynb #c3b82bd8
+# %% ../nbs/09_evaluation.ipynb #7224afcf
 def share(
     folder: Path,  # of the tallies
     count: int,    # pictures
@@ -350,7 +350,7 @@ def share(
     wait_for_all()  # nobody writes before everybody has read
     return [n for n in range(count) if n not in done][rank::world], folder / f"part-{session:04d}-{rank}.pt"
 
-# %% ../nbs/09_evaluation.ipynb #f423ac75
+# %% ../nbs/09_evaluation.ipynb #ffe96909
 def evaluate_pending(
     plan: Plan,
     files: Pictures,
@@ -383,7 +383,7 @@ def put_together(folder: Path, count: int) -> Tally:
     if sorted(whole.done) != list(range(count)): raise ValueError(f"the findings in {folder} are not about each of {count} pictures once: remove it and evaluate again")
     return whole
 
-# %% ../nbs/09_evaluation.ipynb #f693253f
+# %% ../nbs/09_evaluation.ipynb #98b484d4
 def reference_file(
     view: View,
     p: Protocol,
@@ -407,7 +407,7 @@ def read_reference(file: Path) -> dict | None:
         warnings.warn(f"{file} is damaged ({type(e).__name__}) and made anew", stacklevel=2)
         return None
 
-# %% ../nbs/09_evaluation.ipynb #bdfb3905
+# %% ../nbs/09_evaluation.ipynb #c304e1d7
 def known_references(
     plan: Plan,
     files: Pictures,
@@ -423,7 +423,7 @@ def known_references(
     wait_for_all()
     with torch.serialization.safe_globals([Moments]): return torch.load(kept, weights_only=True, mmap=True)
 
-# %% ../nbs/09_evaluation.ipynb #a83d2706
+# %% ../nbs/09_evaluation.ipynb #50226d74
 def references(
     plan: Plan,
     whole: Tally,
@@ -444,7 +444,7 @@ def references(
         except OSError as e: warnings.warn(f"features of the originals are not kept for the next time: {e}", stacklevel=2)
     return found
 
-# %% ../nbs/09_evaluation.ipynb #6f8a7c30
+# %% ../nbs/09_evaluation.ipynb #0ccab575
 def interval(
     values: Tensor,  # one per picture
 ) -> list[float] | None:  # two numbers; None for a single picture, or infinite values
@@ -456,7 +456,7 @@ def interval(
     found = bootstrap((values.numpy(),), np.mean, n_resamples=1000, batch=100, method="percentile", rng=np.random.default_rng(0))
     return [float(v) for v in found.confidence_interval]
 
-# %% ../nbs/09_evaluation.ipynb #6cb1c4e2
+# %% ../nbs/09_evaluation.ipynb #6e150c7a
 def summarize(
     plan: Plan,
     whole: Tally,
@@ -478,7 +478,7 @@ def summarize(
             rows[row] |= {key + SETS[metric]: value for key, value in more.items()}
     return rows
 
-# %% ../nbs/09_evaluation.ipynb #6a28ef9e
+# %% ../nbs/09_evaluation.ipynb #2cd699cf
 def complaints(
     names: Sequence[str],  # of the pictures
     digests: Sequence[str],  # of their pixels, in the same order
@@ -490,7 +490,7 @@ def complaints(
     if copies: said.append(f"{len(copies)} of {len(names)} pictures have the pixels of another ({copies[0][0]} those of {copies[0][1]}): they count twice")
     return said + list(dict.fromkeys(text for net in nets.values() if hasattr(net, "dim") and (text := too_few(len(names), net.dim))))
 
-# %% ../nbs/09_evaluation.ipynb #2ddf4a55
+# %% ../nbs/09_evaluation.ipynb #a826f5a0
 def check_job(
     folder: Path,  # of the parts
     job: dict,     # what is to be found out
@@ -503,7 +503,7 @@ def check_job(
         raise ValueError(f"{folder} holds an unfinished evaluation with other {', '.join(other)}: finish that one, remove it, or choose another folder")
     with replacing(file) as part: part.write_text(json.dumps(job, indent=1) + "\n")
 
-# %% ../nbs/09_evaluation.ipynb #e93b61bb
+# %% ../nbs/09_evaluation.ipynb #a906c28d
 def as_protocols(
     chosen: str | Protocol | Sequence[str | Protocol],
 ) -> list[Protocol]:
@@ -514,7 +514,7 @@ def as_protocols(
     if len({str(p) for p in protocols}) < len(protocols): raise ValueError(f"the same protocol twice: {', '.join(map(str, protocols))}")
     return protocols
 
-# %% ../nbs/09_evaluation.ipynb #37fbc165
+# %% ../nbs/09_evaluation.ipynb #c2f835a6
 def evaluate_alike(
     plan: Plan,
     schedule: str,  # mode of the scales
@@ -538,7 +538,7 @@ def evaluate_alike(
     entries = {str(p): {"protocol": asdict(p), "hash": protocol_hash(p), "pixels": pixels, "rows": summarize(plan, whole, found, p)} for p in plan.protocols}
     return bits, entries, digests
 
-# %% ../nbs/09_evaluation.ipynb #8b40b440
+# %% ../nbs/09_evaluation.ipynb #83fe10ec
 def evaluate(
     tok: BitVAE,
     images: Source = "held-out",  # see `image_files`
@@ -571,7 +571,7 @@ def evaluate(
     results = about | {"images": [f.name for f in files], "libraries": libraries, "warnings": said, "bits": bits, "protocols": {str(p): entries[str(p)] for p in protocols}}
     return json.loads(json.dumps(results))  # lists for tuples, as they will be read from a file
 
-# %% ../nbs/09_evaluation.ipynb #de0ceeb9
+# %% ../nbs/09_evaluation.ipynb #7a4b7cdc
 def rows_in(
     results: dict,             # from `evaluate`
     label: str | None = None,  # of a protocol with its size; None: the first
@@ -587,7 +587,7 @@ def metrics_in(rows: Mapping[str, dict]) -> list[str]:
     last = [r for r in rows.values() if "scales" in r][-1]
     return [m for m, value in last.items() if isinstance(value, float) and m not in ("bits_per_pixel", "kid_std", "kid_std_efficientnet")]
 
-# %% ../nbs/09_evaluation.ipynb #1465bc26
+# %% ../nbs/09_evaluation.ipynb #6b164136
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "fid": "FID", "kid": "KID"}
 
 
@@ -605,7 +605,7 @@ def table(
         lines.append(f"{name:16}{scale:>11}{r.get('bits', ''):>9}{rate:>12}" + "".join(f"{n:>{max(len(TITLES.get(m, m)) + 2, 10)}}" for m, n in zip(names, numbers, strict=True)))
     return "\n".join(lines + [f"Note: {text}." for text in results["warnings"]])
 
-# %% ../nbs/09_evaluation.ipynb #29f2094d
+# %% ../nbs/09_evaluation.ipynb #711c0ff6
 def plain(value: object) -> object:
     "Replace numbers that JSON does not have by their names."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
@@ -624,7 +624,7 @@ def save_results(
     if job.exists() and about.items() <= json.loads(job.read_text()).items(): shutil.rmtree(job.parent)
     return Path(file)
 
-# %% ../nbs/09_evaluation.ipynb #36a171d6
+# %% ../nbs/09_evaluation.ipynb #f89ebd28
 def plot_quality(
     results: dict,        # from `evaluate`
     metric: str = "psnr", # or another of the results
@@ -648,7 +648,7 @@ def plot_quality(
     plt.close(fig)
     return fig
 
-# %% ../nbs/09_evaluation.ipynb #f3a50d64
+# %% ../nbs/09_evaluation.ipynb #002e7387
 HIGHER = ("psnr", "ssim", "ms_ssim", "precision", "recall", "precision_efficientnet", "recall_efficientnet")  # is better, of these
 
 
@@ -675,7 +675,7 @@ def plot_extremes(
     titles = [f"{results['images'][i]}\n{TITLES.get(metric, metric).removesuffix(', dB')} {scores[metric][i]:.4g}" for i in chosen]
     return show_images([x, y, error], titles, columns=len(chosen), width=width)
 
-# %% ../nbs/09_evaluation.ipynb #8a8fc136
+# %% ../nbs/09_evaluation.ipynb #55f0fc3a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     "What can be said about an evaluation on a command line."
     parser.add_argument("tokenizer", help="a folder, a checkpoint, or a name such as demo")
@@ -689,7 +689,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that read pictures, for each one that evaluates")
     parser.add_argument("--folder", help="for metrics.json; an interrupted evaluation goes on in it")
 
-# %% ../nbs/09_evaluation.ipynb #c0ad63e1
+# %% ../nbs/09_evaluation.ipynb #a744dc8d
 def command_line(
     tokenizer: str | os.PathLike,
     **options,  # of `add_arguments`; empty ones are left out
@@ -698,7 +698,7 @@ def command_line(
     given = {name: value if isinstance(value, list | tuple) else [value] for name, value in options.items() if value not in (None, "", [], ())}
     return [str(tokenizer)] + [word for name, values in given.items() for word in (f"--{name}", *map(str, values))]
 
-# %% ../nbs/09_evaluation.ipynb #dbc2e61e
+# %% ../nbs/09_evaluation.ipynb #9172906e
 def evaluate_from(args: argparse.Namespace) -> dict:
     "What the arguments ask for; writes metrics.json where there is a folder."
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
@@ -717,7 +717,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     except (ValueError, TypeError, OSError, ImportError) as e: print(f"bitvae: {e}", file=sys.stderr); return 1
     return 0
 
-# %% ../nbs/09_evaluation.ipynb #8363c4d7
+# %% ../nbs/09_evaluation.ipynb #2fc60490
 #| eval: false
 if __name__ == "__main__":
     from bitvae.evaluation import main  # whose classes are those that other processes read

@@ -42,7 +42,7 @@ def test_small_and_without_network():
 def test_rate_and_quality(results):
     last = scales(results)[-1]
     assert last["bits_per_pixel"] <= 0.26
-    assert last["psnr"] > 21 > rows_in(results)["16x16 thumbnail"]["psnr"]
+    assert last["psnr"] > 21.8 > rows_in(results)["16x16 thumbnail"]["psnr"]
     assert min(last["per_image"]["psnr"]) > 18
 
 
@@ -65,7 +65,7 @@ def test_every_channel_is_used(results):
 def test_natural_colours_and_no_grid(tok, file):
     x = load_image(file, 256)
     y = tok.decode(tok.encode(x))
-    assert (x.mean((2, 3)) - y.mean((2, 3))).abs().max() < 0.15  # of a range of 2; rocket has 0.12
+    assert (x.mean((2, 3)) - y.mean((2, 3))).abs().max() < 0.12  # of a range of 2; the red of flower has 0.09
     error = (y - x).mean((0, 1))  # what belongs to the position within a token's square, and so repeats
     grid = error.unflatten(0, (-1, tok.config.stride)).unflatten(2, (-1, tok.config.stride)).mean((0, 2))
     assert grid.std() < 0.02
