@@ -299,7 +299,7 @@ def watch():
     global peak
     while not over: peak = max(peak, process.memory_info().rss); time.sleep(0.005)
 thread = threading.Thread(target=watch); thread.start()
-try: evaluate(BitVAE.from_pretrained("demo"), [sys.argv[1]] * int(sys.argv[2]), protocol("clamped", size=32), ["psnr", "frechet_efficientnet"], batch=16, sample=200)
+try: evaluate(BitVAE.from_pretrained("demo"), [sys.argv[1]] * int(sys.argv[2]), protocol("clamped", size=16), ["psnr", "frechet_efficientnet"], batch=16, sample=200)
 finally: over = True; thread.join()
 print(peak)
 """
