@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NotebookError', 'run_notebook', 'settle_bars', 'private_kernel_manager', 'interrupting', 'train_command',
-           'evaluate_command', 'make_list_command', 'run_command', 'describe_bits', 'describe_tokenizer',
-           'info_command', 'parser', 'main']
+           'evaluate_command', 'make_list_command', 'run_command', 'view_command', 'describe_bits',
+           'describe_tokenizer', 'info_command', 'parser', 'main']
 
 # %% ../nbs/12_cli.ipynb #e76800ae
 import argparse
@@ -28,6 +28,7 @@ from .evaluation import add_arguments as add_evaluation, command_line, evaluate_
 from .recipes import parse_setting
 from .tokenizer import BitVAE
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
+from .viewer import serve
 
 # %% ../nbs/12_cli.ipynb #c00d88c2
 class NotebookError(RuntimeError):
@@ -143,6 +144,11 @@ def run_command(args: argparse.Namespace) -> None:
     "bitvae run"
     print(f"executed: {run_notebook(args.notebook, args.output, **dict(args.set))}")
 
+# %% ../nbs/12_cli.ipynb #bd7113d1
+def view_command(args: argparse.Namespace) -> None:
+    "bitvae view"
+    serve(args.image, args.tokenizer, args.size or None, args.port, not args.no_browser)
+
 # %% ../nbs/12_cli.ipynb #00f4bc91
 def describe_bits(bits: Bits) -> str:
     "What a bits file holds, as text."
@@ -197,6 +203,12 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("notebook")
     r.add_argument("output", help="the executed copy")
     r.add_argument("--set", **setting, help="a parameter of the notebook; may be repeated")
+    v = command("view", view_command, "See the bits of an image, scale by scale, on a page of its own.")
+    v.add_argument("image", nargs="?", help="a file; a photograph of scikit-image, if not given")
+    v.add_argument("--tokenizer", default="demo", help="a folder, a checkpoint, or a name")
+    v.add_argument("--size", type=int, default=256, metavar="PIXELS", help="short side resized to it, centre crop; 0 for the whole picture")
+    v.add_argument("--port", type=int, default=8866, help="of the page, or one near it")
+    v.add_argument("--no-browser", action="store_true", help="only print the address")
     i = command("info", info_command, "Describe a tokenizer or a bits file.")
     i.add_argument("what", help="a folder, a checkpoint, a name such as demo, or a .bits file")
     return top

@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from .bits import Bits, replacing
 from .data import Pictures, Source, fingerprint, image_files
 from .features import EfficientNetFeatures, InceptionFeatures, Moments, frechet, sampled, set_distances, too_few
-from .images import show_images, to_tensor, to_uint8
+from .images import error_map, show_images, to_tensor, to_uint8
 from .losses import EfficientNetDistance, lpips_distance
 from .protocols import PROTOCOLS, Protocol, crop_key, cut_picture, eight_bits, ms_ssim, protocol, protocol_hash, psnr, ssim
 from .tokenizer import BitVAE, tokenizer_files, weights_folder
@@ -671,9 +671,8 @@ def plot_extremes(
         tok.quantizer.mode = p.mode or own
         y = tok.decode(tok.encode(x), p.clamp)
     finally: tok.quantizer.mode = own
-    error = (4 * (y - x).abs().mean(1, keepdim=True) - 1).clamp(-1, 1).expand_as(x)
     titles = [f"{results['images'][i]}\n{TITLES.get(metric, metric).removesuffix(', dB')} {scores[metric][i]:.4g}" for i in chosen]
-    return show_images([x, y, error], titles, columns=len(chosen), width=width)
+    return show_images([x, y, error_map(x, y)], titles, columns=len(chosen), width=width)
 
 # %% ../nbs/09_evaluation.ipynb #55f0fc3a
 def add_arguments(parser: argparse.ArgumentParser) -> None:

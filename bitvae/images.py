@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'ImageError', 'from_deep_grey', 'to_rgb', 'Encoded', 'opened', 'open_image', 'jpeg_size', 'to_tensor',
-           'to_uint8', 'to_image', 'center_crop', 'load_image', 'replacing', 'save_image', 'show_images',
-           'bundled_photographs', 'held_out_photographs']
+           'to_uint8', 'to_image', 'center_crop', 'load_image', 'replacing', 'save_image', 'show_images', 'error_map',
+           'difference', 'bundled_photographs', 'held_out_photographs']
 
 # %% ../nbs/00_images.ipynb #c8115906
 import io
@@ -204,6 +204,24 @@ def show_images(
         if titles and i < len(titles): ax.set_title(titles[i], fontsize=9)
     plt.close(fig)  # or the notebook would show it a second time
     return fig
+
+# %% ../nbs/00_images.ipynb #30d87573
+def error_map(
+    x: Tensor,         # (B, 3, H, W) in [-1, 1]
+    y: Tensor,         # the same shape
+    gain: float = 4.0, # a difference of 1 / gain of the full range is white
+) -> Tensor:  # (B, 3, H, W) in [-1, 1], grey
+    "How far two pictures differ, averaged over the colours."
+    return (gain * (y - x).abs().mean(1, keepdim=True) - 1).clamp(-1, 1).expand_as(x)
+
+
+def difference(
+    x: Tensor,         # (B, 3, H, W) in [-1, 1]
+    y: Tensor,         # the same shape
+    gain: float = 2.0,
+) -> Tensor:  # (B, 3, H, W) in [-1, 1], grey where they agree
+    "What to add to x to get y."
+    return (gain * (y - x)).clamp(-1, 1)
 
 # %% ../nbs/00_images.ipynb #11733ca2
 def bundled_photographs() -> list[Path]:

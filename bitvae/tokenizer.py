@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', 'config_from_dict', 'pad_to_stride',
-           'check_pictures', 'BitVAE', 'encode', 'decode', 'CheckpointError', 'read_weights', 'tokenizer_weights',
-           'config_from_weights', 'short', 'build', 'bundled_tokenizer', 'weights_folder', 'fetch', 'tokenizer_files',
-           'save_tokenizer', 'read_config', 'inferred_config', 'result_of_run', 'load_tokenizer']
+           'check_pictures', 'BitVAE', 'latent', 'quantize', 'encode', 'decode', 'CheckpointError', 'read_weights',
+           'tokenizer_weights', 'config_from_weights', 'short', 'build', 'bundled_tokenizer', 'weights_folder', 'fetch',
+           'tokenizer_files', 'save_tokenizer', 'read_config', 'inferred_config', 'result_of_run', 'load_tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #2ca4567f
 import json
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from .architecture import Decoder, Encoder, group_norm, our_name
 from .bits import Bits, scale_schedule
 from .images import replacing
-from .quantizer import MultiScaleBSQ, Quantized, latent_from_bits
+from .quantizer import Change, MultiScaleBSQ, Quantized, latent_from_bits
 
 # %% ../nbs/04_tokenizer.ipynb #3cc9daf8
 def check_types(
@@ -119,9 +119,9 @@ class BitVAE(nn.Module):
         q = self.quantizer(z)
         return self.decoder(q.z.to(z.dtype)), z, q
 
-    def encode(self, x: Tensor) -> Bits:
-        "Pictures (B, 3, H, W) in [-1, 1] of any size to the bits of all scales."
-        return encode(self, x)
+    def encode(self, x: Tensor, change: Change | None = None) -> Bits:
+        "Pictures (B, 3, H, W) in [-1, 1] of any size to the bits of all scales, changed on the way or not."
+        return encode(self, x, change)
 
     def decode(self, bits: Bits, clamp: bool = True) -> Tensor:
         "Bits, all scales or a prefix, to pictures (B, 3, H, W) in [-1, 1]."
@@ -140,17 +140,34 @@ class BitVAE(nn.Module):
     dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="What the weights are.")
 
 # %% ../nbs/04_tokenizer.ipynb #0202ce23
+def latent(
+    tok: BitVAE,
+    x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
+) -> Tensor:  # (B, d, h, w), where and of what type the weights are
+    "What the encoder makes of pictures, before quantization; raises `ValueError` for what is no picture."
+    check_pictures(x)
+    with torch.inference_mode(): z = tok.encoder(pad_to_stride(x.to(tok.device, tok.dtype), tok.config.stride))
+    if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
+    return z
+
+
+def quantize(
+    tok: BitVAE,
+    z: Tensor,  # (B, d, h, w)
+    change: Change | None = None,  # of the bits of each scale, which later scales correct
+) -> Bits:
+    "The bits of all scales of a latent, in training and eval mode alike."
+    keep = [True] * len(scale_schedule(*z.shape[-2:], tok.quantizer.mode))
+    with torch.inference_mode(): return tok.quantizer(z, keep, change).bits
+
+
 def encode(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
+    change: Change | None = None,  # see `quantize`
 ) -> Bits:
     "The bits of all scales, in training and eval mode alike; raises `ValueError` for what is no picture."
-    check_pictures(x)
-    with torch.inference_mode():
-        z = tok.encoder(pad_to_stride(x.to(tok.device, tok.dtype), tok.config.stride))
-        if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
-        keep = [True] * len(scale_schedule(*z.shape[-2:], tok.quantizer.mode))
-        bits = tok.quantizer(z, keep).bits
+    bits = quantize(tok, latent(tok, x), change)
     planes = tuple(p.to(x.device, copy=True) for p in bits)  # ordinary tensors again, which may be edited and trained on
     return replace(bits, planes=planes, image_size=tuple(x.shape[-2:]))
 

@@ -1,0 +1,230 @@
+"The viewer in a real browser: JupyterLab, and the page of `bitvae view`. Screenshots go to runs/screenshots, which git ignores."
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bitvae import Bits
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install chromium to test the viewer in a browser")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def page():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        page = browser.new_page(viewport={"width": 1300, "height": 1500})
+        page.set_default_timeout(90_000)
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def say(capsys):
+    "Print past pytest's capture, so that the log shows it."
+    def print_now(*words):
+        with capsys.disabled(): print(*words)
+
+    return print_now
+
+
+@contextmanager
+def running(command, **options):
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **options)
+    try: yield server
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def picture(page, alt):
+    "The bytes of a picture as the browser has them."
+    img = page.locator(f'img[alt^="{alt}"]').first
+    img.wait_for()
+    data = img.evaluate("async (img) => { await img.decode(); return [...new Uint8Array(await (await fetch(img.src)).arrayBuffer())] }")
+    return bytes(data)
+
+
+def changed(page, alt, before):
+    "Wait until a picture is another one."
+    for _ in range(300):
+        if (now := picture(page, alt)) != before: return now
+        page.wait_for_timeout(30)
+    raise AssertionError(f"the picture {alt!r} did not change")
+
+
+def screenshot(page, name, say):
+    folder = ROOT / "runs" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / name)
+    assert (folder / name).stat().st_size > 20_000
+    say(f"\nscreenshot saved: {(folder / name).relative_to(ROOT)}")
+
+
+def use(page, tmp_path, name, say):
+    "What somebody does with the viewer; the same wherever it is shown."
+    from playwright.sync_api import expect
+
+    expect(page.get_by_text("10 of 10 scales (32x32)")).to_be_visible()
+    full = picture(page, "reconstruction")
+    handle = page.locator(".widget-slider .noUi-handle").first
+    handle.focus()
+    for k in (9, 8, 7, 6, 5):                                           # the slider changes the picture and the numbers
+        page.keyboard.press("ArrowLeft")
+        expect(page.get_by_text(f"{k} of 10 scales")).to_be_visible()
+    coarse = changed(page, "reconstruction", full)
+    assert len(coarse) < len(full)
+    screenshot(page, f"{name}-scales.png", say)
+    strip = page.locator('img[alt^="the reconstructions"]')             # a click on the strip selects a scale
+    box = strip.bounding_box()
+    strip.click(position={"x": box["width"] * 0.35, "y": box["height"] / 3})
+    expect(page.get_by_text("4 of 10 scales (6x6)")).to_be_visible()
+    before = picture(page, "reconstruction")
+    planes = page.locator('img[alt^="bit planes of scale 4"]')          # a click on a bit flips it
+    planes.scroll_into_view_if_needed()
+    bits = picture(page, "bit planes")
+    planes.click(position={"x": 5, "y": 5})
+    expect(page.get_by_text("1 edits")).to_be_visible()
+    expect(page.get_by_text("FlipBit(scale=3, row=0, column=0, channel=0, image=0)")).to_be_visible()
+    edited, flipped = changed(page, "reconstruction", before), changed(page, "bit planes", bits)
+    screenshot(page, f"{name}-flipped.png", say)
+    page.get_by_role("button", name="undo").click()                     # undo brings back the identical picture
+    expect(page.get_by_text("0 edits")).to_be_visible()
+    assert changed(page, "reconstruction", edited) == before and changed(page, "bit planes", flipped) == bits
+    page.locator(".bitvae-picture:has(img[alt^='bit planes'])").focus()
+    for key in ("ArrowLeft", "ArrowUp", "Enter"): page.keyboard.press(key)  # without a mouse, too
+    expect(page.get_by_text("1 edits")).to_be_visible()
+    page.get_by_role("button", name="reset").click()
+    expect(page.get_by_text("0 edits")).to_be_visible()
+    upload(page, tmp_path)
+    screenshot(page, f"{name}-upload.png", say)
+    save(page, tmp_path)
+    measure(page)
+
+
+def upload(page, tmp_path):
+    from playwright.sync_api import expect
+
+    (tmp_path / "notes.png").write_bytes(b"this is no picture")
+    Image.new("RGB", (400, 300), "teal").save(tmp_path / "teal.png")
+    before = picture(page, "the original")
+
+    def choose(name):
+        with page.expect_file_chooser() as chooser: page.locator(".widget-upload").click()
+        chooser.value.set_files(tmp_path / name)
+
+    choose("notes.png")
+    expect(page.get_by_text("notes.png is not an image")).to_be_visible()
+    assert picture(page, "the original") == before
+    choose("teal.png")
+    teal = changed(page, "the original", before)
+    assert Image.open(io.BytesIO(teal)).getpixel((9, 9)) == (0, 128, 128)
+    expect(page.get_by_text("notes.png is not an image")).to_be_hidden()
+
+
+def save(page, tmp_path):
+    page.get_by_role("tab", name="save").click()
+    for name in ("picture.png", "scales.gif", "picture.bits"):
+        with page.expect_download() as info: page.get_by_role("button", name=name).click()
+        info.value.save_as(tmp_path / name)
+        assert info.value.suggested_filename == f"teal-{name}"
+    assert Image.open(tmp_path / "scales.gif").n_frames == 10 and Image.open(tmp_path / "picture.png").size == (256, 256)
+    assert len(Bits.load(tmp_path / "picture.bits")) == 10
+
+
+def measure(page):
+    from playwright.sync_api import expect
+
+    page.get_by_role("tab", name="sensitivity").click()
+    page.get_by_role("button", name="measure").click()
+    expect(page.locator(".bitvae-heat")).to_be_visible()                # a first part is there,
+    page.get_by_role("button", name="cancel").click()                   # and the rest is not waited for
+    expect(page.get_by_role("button", name="measure")).to_be_enabled()
+    page.get_by_role("tab", name="what a scale adds").click()
+    expect(page.get_by_text("energy of the residual after 0 to 10 scales")).to_be_visible()
+
+
+@needs_browser
+def test_in_jupyterlab(page, tmp_path, say):
+    (tmp_path / "nb").mkdir()
+    shutil.copy(ROOT / "nbs" / "experiments" / "view.ipynb", tmp_path / "nb")
+    cells = json.loads((tmp_path / "nb" / "view.ipynb").read_text())
+    last = next(i for i, c in enumerate(cells["cells"]) if "viewer = view(" in "".join(c["source"]))
+    cells["cells"] = cells["cells"][: last + 1]                         # the figures under the viewer are for papermill
+    (tmp_path / "nb" / "view.ipynb").write_text(json.dumps(cells))
+    settings = tmp_path / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path / 'nb'}"]  # fmt: skip
+    with running(command, env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "ws")}):
+        answers(f"http://127.0.0.1:{port}/api")
+        page.goto(f"http://127.0.0.1:{port}/lab/tree/view.ipynb?reset")
+        page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+        page.wait_for_function("""async () => { const p = window.jupyterapp.shell.currentWidget;
+            await p.sessionContext.ready; return !!p.sessionContext.session?.kernel }""")
+        page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        use(page, tmp_path, "lab", say)
+
+
+def answers(address):
+    for _ in range(240):
+        try: return urllib.request.urlopen(address, timeout=30)
+        except OSError: time.sleep(0.25)
+    raise AssertionError(f"{address} does not answer")
+
+
+def status(address):
+    try: return urllib.request.urlopen(address, timeout=30).status
+    except urllib.error.HTTPError as e: return e.code
+
+
+@needs_browser
+def test_as_a_page(page, tmp_path, say):
+    Image.new("RGB", (300, 300), "maroon").save(tmp_path / "maroon.png")
+    (tmp_path / "secret.png").write_bytes((tmp_path / "maroon.png").read_bytes())
+    with running([sys.executable, "-m", "bitvae.cli", "view", "--no-browser", "--port", str(free_port())]) as server:
+        address = server.stdout.readline().split()[0]
+        page.goto(address)
+        use(page, tmp_path, "page", say)
+    with running([sys.executable, "-m", "bitvae.cli", "view", str(tmp_path / "maroon.png"), "--no-browser", "--port", str(free_port())]) as server:
+        address = server.stdout.readline().split()[0]
+        only_this_picture(page, address, tmp_path)
+
+
+def only_this_picture(page, address, tmp_path):
+    port, token = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=(.+)", address).groups()
+    page.goto(address)
+    assert Image.open(io.BytesIO(picture(page, "the original"))).getpixel((9, 9)) == (128, 0, 0)
+    assert not page.get_by_placeholder("or a path, and Enter").count()
+    for path in ("voila/files/view.ipynb", f"voila/files/..%2f..{tmp_path}/secret.png", f"voila/files{tmp_path}/secret.png", f"files{tmp_path}/secret.png", "api/contents", f"voila/static/..%2f..{tmp_path}/secret.png"):
+        assert status(f"http://127.0.0.1:{port}/{path}?token={token}") in (400, 403, 404), path
+    assert "/login" in urllib.request.urlopen(f"http://127.0.0.1:{port}/").url   # without the token there is a page to give it, and no more
+    with socket.socket() as s:                                          # nobody but this machine: every address of it but loopback refuses
+        s.settimeout(5)
+        own = {a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+        for host in [*own, "127.0.0.2"]: assert s.connect_ex((host, int(port))) != 0, host
