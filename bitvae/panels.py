@@ -6,9 +6,10 @@
 __all__ = ['FORESEEN', 'JOBS', 'CHOSEN', 'Desk', 'Job', 'end_jobs', 'draw_strip', 'named', 'thumbnails', 'PicturesPanel',
            'set_picture', 'BitsPanel', 'bars', 'ScalePanel', 'heat', 'SensitivityPanel', 'SavePanel']
 
-# %% ../nbs/10d_panels.ipynb #f0a89731
+# %% ../nbs/10d_panels.ipynb #3af0ad48
 import atexit
 import html
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from .images import difference, error_map, to_image
 from .views import Sensitivity, bit_at, draw_planes, grid_of, residual_energy, rgb_of_planes, sensitivity, usage_of
 from .workbench import FILES, Photograph, State, Workbench, as_floats, code, decibels, describe, do, file_of, picture_for, png, reset, set_correct, take_scales, undo
 
-# %% ../nbs/10d_panels.ipynb #40abac2e
+# %% ../nbs/10d_panels.ipynb #83306947
 FORESEEN = (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)  # the last: no memory on a GPU
 
 
@@ -69,7 +70,7 @@ class Desk:
         self.bench, self.k = bench, bench.scales
         self.show()
 
-# %% ../nbs/10d_panels.ipynb #39fa1dd1
+# %% ../nbs/10d_panels.ipynb #97b56ff0
 JOBS = weakref.WeakSet()  # all there are
 
 
@@ -111,7 +112,7 @@ class Job:
         "Until it has ended."
         if self.thread: self.thread.join()
 
-# %% ../nbs/10d_panels.ipynb #a142e28a
+# %% ../nbs/10d_panels.ipynb #3b876707
 @atexit.register
 def end_jobs() -> None:
     "Cancel all jobs and wait for the steps they are at."
@@ -119,7 +120,7 @@ def end_jobs() -> None:
     for job in jobs: job.cancel()
     for job in jobs: job.wait()
 
-# %% ../nbs/10d_panels.ipynb #6c0b211e
+# %% ../nbs/10d_panels.ipynb #d11b7f30
 CHOSEN = (213, 94, 0)  # vermilion, apart from its surroundings for every kind of colour vision
 
 
@@ -145,7 +146,7 @@ def named(widget: W.DOMWidget, name: str) -> W.VBox:
     "A widget with a line above it."
     return W.VBox([W.HTML(f"<b>{name}</b>"), widget])
 
-# %% ../nbs/10d_panels.ipynb #f6bf0b82
+# %% ../nbs/10d_panels.ipynb #84e52c5c
 def thumbnails(
     bench: Workbench,
     state: State,
@@ -210,7 +211,7 @@ def set_picture(widget: ClickablePicture, picture: Image.Image, alt: str | None 
     if alt: widget.alt = alt
     if (data := png(picture)) != widget.value: widget.value = data
 
-# %% ../nbs/10d_panels.ipynb #decfff7b
+# %% ../nbs/10d_panels.ipynb #82755597
 class BitsPanel:
     "Bit planes to click on, and edits."
 
@@ -252,7 +253,7 @@ class BitsPanel:
         self.where.value = f"<b>bit planes of scale {k} ({h}x{w})</b>, ones white: click on a bit to flip it"
         set_picture(self.planes, self.draw(plane), f"bit planes of scale {k}")
         self.planes.step = [1 / n for n in (self.grid.columns * w, self.grid.rows * h)]
-        self.count.value = f"{len(bench.state.edits)} edits"
+        self.count.value = f"edits: {len(bench.state.edits)}"
         self.python.value = f"<pre style='white-space: pre-wrap; line-height: 1.3'>{html.escape(code(bench))}</pre>"
 
     def draw(self, plane: Tensor) -> Image.Image:
@@ -286,7 +287,7 @@ class BitsPanel:
         if other.shape != x.shape: raise ValueError(f"the other picture is {other.shape[-1]}x{other.shape[-2]}, this one {x.shape[-1]}x{x.shape[-2]}: choose a resolution, which makes both squares")
         take_scales(self.desk.bench, other, self.desk.k, chosen.code(size))
 
-# %% ../nbs/10d_panels.ipynb #a1c63d8e
+# %% ../nbs/10d_panels.ipynb #a1bb45a8
 def bars(
     values: Sequence[float],
     name: str,                    # what they are
@@ -323,7 +324,7 @@ class ScalePanel:
             bars(usage["share_of_ones"], f"share of ones per channel, {usage['tokens']} tokens", 1, line=0.5), bars(usage["entropy"], "entropy per channel, bits", 1),
             bars(energy, f"energy of the residual after 0 to {bench.scales} scales: {energy[k - 1]:.3g} before this one, {energy[k]:.3g} after", max(energy), k)])  # fmt: skip
 
-# %% ../nbs/10d_panels.ipynb #c9685dba
+# %% ../nbs/10d_panels.ipynb #d0f791a8
 def heat(
     result: Sensitivity,
 ) -> str:  # HTML
@@ -335,10 +336,10 @@ def heat(
     low, high = (known.min().item(), known.max().item()) if len(known) else (0.0, 0.0)
     def cell(v: float) -> str:
         if v != v: return "<td style='background: #fff'></td>"
-        part = (torch.tensor(v).log().item() - low) / (high - low or 1) if v > 0 else 0.0
+        part = (math.log(v) - low) / (high - low or 1) if v > 0 else 0.0
         return f"<td style='background: {to_hex(colormaps['cividis'](part))}' title='{v:.3g} grey levels'></td>"
 
-    rows = [f"<tr><th style='padding-right: 6px'>{h}x{w}</th>{''.join(map(cell, row))}<td style='padding-left: 6px; width: auto'>{row.nanmean():.3g}</td></tr>"
+    rows = [f"<tr><th style='padding-right: 6px'>{h}x{w}</th>{''.join(map(cell, row.tolist()))}<td style='padding-left: 6px; width: auto'>{row.nanmean():.3g}</td></tr>"
             for (h, w), row in zip(result.schedule, result.change, strict=True)]  # fmt: skip
     return f"<style>.bitvae-heat td {{ width: 18px; height: 18px; padding: 0 }}</style><table class='bitvae-heat'><caption>change of the picture per flipped bit, RMS grey levels of 255, per scale (down) and channel (across), and the mean</caption>{''.join(rows)}</table>"
 
@@ -378,7 +379,7 @@ class SensitivityPanel:
         self.job.cancel()
         self.ended()
 
-# %% ../nbs/10d_panels.ipynb #3a29691e
+# %% ../nbs/10d_panels.ipynb #f6034c26
 class SavePanel:
     "Buttons that hand files to the browser."
 

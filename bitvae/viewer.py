@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'SourcePanel', 'Viewer', 'snapshot', 'view', 'page_notebook', 'page_settings', 'serve', 'announce']
 
-# %% ../nbs/11_viewer.ipynb #7f5d0d72
+# %% ../nbs/11_viewer.ipynb #14f7a974
 import base64
 import html
 import io
@@ -23,13 +23,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .evaluation import plot_progressive
 from .images import Encoded, difference, error_map, show_images, to_image
 from .tokenizer import RELEASED, BitVAE
 from .usage import plot_bit_usage
 from .views import draw_planes, grid_of, plot_bit_planes, plot_rate_distortion, plot_scale, plot_sensitivity
-from .workbench import Photograph, Workbench, as_floats, describe, known_photographs, photograph, picture_for
+from .workbench import Photograph, Workbench, as_floats, describe, known_photographs, photograph, picture_for, png, side_by_side
 
 try:
     import ipywidgets as W
@@ -38,7 +39,7 @@ try:
 except ImportError as e:  # `view` says so, and shows a figure
     W, MISSING = None, e.name
 
-# %% ../nbs/11_viewer.ipynb #756704bd
+# %% ../nbs/11_viewer.ipynb #677c3827
 SIZES = {"128": 128, "256": 256, "512": 512, "1024": 1024, "whole picture": None}
 
 
@@ -88,7 +89,7 @@ class SourcePanel:
             self.offer(listed if picture in listed else [picture, *listed], picture)
             self.desk.say("")
 
-# %% ../nbs/11_viewer.ipynb #8755f5c2
+# %% ../nbs/11_viewer.ipynb #5b119892
 class Viewer:
     "A picture's bits, scale by scale, to look at and to change."
 
@@ -141,7 +142,8 @@ class Viewer:
         self.desk.put(self.made)
 
     def show(self) -> None:
-        "The tab in front, and an end to measuring what is gone."
+        "The tab in front, and an end to measuring what is gone; what could be opened can be mixed in."
+        if self.bits.other.options != self.source.photographs.options: self.bits.other.options = self.source.photographs.options
         self.sensitivity.show()
         list(self.tabbed.values())[self.tabs.selected_index or 0].show()
 
@@ -154,11 +156,10 @@ class Viewer:
         return snapshot(self.bench, self.desk.k)
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
-        file = io.BytesIO()
-        self.figure().savefig(file, format="png", dpi=80)
-        return {"text/plain": describe(self.bench, self.desk.k), "image/png": base64.b64encode(file.getvalue()).decode()} | self.box._repr_mimebundle_(**kwargs)
+        still = side_by_side([Image.open(io.BytesIO(p.value)) for p in (self.pictures.original, self.pictures.picture, self.pictures.map)])
+        return {"text/plain": describe(self.bench, self.desk.k), "image/png": base64.b64encode(png(still)).decode()} | self.box._repr_mimebundle_(**kwargs)
 
-# %% ../nbs/11_viewer.ipynb #a3bdb801
+# %% ../nbs/11_viewer.ipynb #97121fb2
 def snapshot(
     bench: Workbench,
     k: int,  # scales looked at
@@ -179,7 +180,7 @@ def snapshot(
     plt.close(fig)
     return fig
 
-# %% ../nbs/11_viewer.ipynb #548c8d23
+# %% ../nbs/11_viewer.ipynb #313ec7dc
 def view(
     picture: str | os.PathLike | None = None,  # a file; None: a photograph of scikit-image
     tokenizer: str | os.PathLike = "demo",     # as for `BitVAE.from_pretrained`
@@ -193,7 +194,7 @@ def view(
     bench = Workbench(BitVAE.from_pretrained(tokenizer), picture_for(chosen.file, size))
     return snapshot(bench, bench.scales)
 
-# %% ../nbs/11_viewer.ipynb #6ece496e
+# %% ../nbs/11_viewer.ipynb #57fd846f
 def page_notebook(
     picture: str | os.PathLike | None,
     tokenizer: str,
@@ -213,7 +214,7 @@ def page_settings(token: str) -> dict:
     return {"Voila": {"ip": "127.0.0.1", "token": token, "open_browser": False}, "VoilaConfiguration": {"file_allowlist": [], "show_tracebacks": False},
             "MappingKernelManager": {"cull_idle_timeout": 1800, "cull_interval": 60}}  # fmt: skip
 
-# %% ../nbs/11_viewer.ipynb #f2889c69
+# %% ../nbs/11_viewer.ipynb #6b02f877
 def serve(
     picture: str | os.PathLike | None = None,
     tokenizer: str = "demo",
@@ -232,7 +233,7 @@ def serve(
         command = [sys.executable, "-m", "voila", "view.ipynb", f"--port={port}", f"--Voila.config_file_paths={[folder]!r}"]
         announce(subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True), token, browser)
 
-# %% ../nbs/11_viewer.ipynb #643cd6e2
+# %% ../nbs/11_viewer.ipynb #22ee478b
 def announce(
     server: subprocess.Popen,  # Voila, its log as text
     token: str,

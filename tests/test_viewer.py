@@ -107,18 +107,18 @@ def use(page, tmp_path, name, say):
     planes.scroll_into_view_if_needed()
     bits = picture(page, "bit planes")
     planes.click(position={"x": 5, "y": 5})
-    expect(page.get_by_text("1 edits")).to_be_visible()
+    expect(page.get_by_text("edits: 1")).to_be_visible()
     expect(page.get_by_text("FlipBit(scale=3, row=0, column=0, channel=0, image=0)")).to_be_visible()
     edited, flipped = changed(page, "reconstruction", before), changed(page, "bit planes", bits)
     screenshot(page, f"{name}-flipped.png", say)
     page.get_by_role("button", name="undo").click()                     # undo brings back the identical picture
-    expect(page.get_by_text("0 edits")).to_be_visible()
+    expect(page.get_by_text("edits: 0")).to_be_visible()
     assert changed(page, "reconstruction", edited) == before and changed(page, "bit planes", flipped) == bits
     page.locator(".bitvae-picture:has(img[alt^='bit planes'])").focus()
     for key in ("ArrowLeft", "ArrowUp", "Enter"): page.keyboard.press(key)  # without a mouse, too
-    expect(page.get_by_text("1 edits")).to_be_visible()
+    expect(page.get_by_text("edits: 1")).to_be_visible()
     page.get_by_role("button", name="reset").click()
-    expect(page.get_by_text("0 edits")).to_be_visible()
+    expect(page.get_by_text("edits: 0")).to_be_visible()
     upload(page, tmp_path)
     screenshot(page, f"{name}-upload.png", say)
     save(page, tmp_path)
