@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PICTURE_JS', 'PICTURE_CSS', 'DOWNLOAD_JS', 'ClickablePicture', 'Download']
 
-# %% ../nbs/10c_clickable.ipynb #3f6c20fc
+# %% ../nbs/10c_clickable.ipynb #49e74483
 from collections.abc import Callable
 
 import anywidget
 import traitlets
 
-# %% ../nbs/10c_clickable.ipynb #62e32771
+# %% ../nbs/10c_clickable.ipynb #708fe651
 PICTURE_JS = """
 function render({ model, el }) {
   const box = document.createElement("div"), img = document.createElement("img"), mark = document.createElement("div");
@@ -58,7 +58,7 @@ PICTURE_CSS = """
 .bitvae-mark { position: absolute; width: 9px; height: 9px; margin: -5px 0 0 -5px; border: 2px solid #d55e00; border-radius: 50%; pointer-events: none; }
 """
 
-# %% ../nbs/10c_clickable.ipynb #ad1da797
+# %% ../nbs/10c_clickable.ipynb #440f4aff
 class ClickablePicture(anywidget.AnyWidget):
     "A picture in the browser that says where it was clicked."
 
@@ -81,7 +81,7 @@ class ClickablePicture(anywidget.AnyWidget):
         "What a click at that place does; a test calls it without a browser."
         self.does(float(x), float(y))
 
-# %% ../nbs/10c_clickable.ipynb #3dca8242
+# %% ../nbs/10c_clickable.ipynb #bdaa4196
 DOWNLOAD_JS = """
 function render({ model, el }) {
   const button = document.createElement("button");

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FlipBit', 'chain', 'edit', 'channels_of', 'FlipShare', 'Fill', 'TakeScales']
 
-# %% ../nbs/04a_edits.ipynb #60d9cbca
-from collections.abc import Sequence
+# %% ../nbs/04a_edits.ipynb #5295761e
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from .bits import Bits, BitsError
 from .quantizer import Change
 
-# %% ../nbs/04a_edits.ipynb #a5dce610
+# %% ../nbs/04a_edits.ipynb #f695eaea
 @dataclass(frozen=True)
 class FlipBit:
     "Flip one bit."
@@ -36,7 +35,7 @@ class FlipBit:
         plane[place] ^= True
         return plane
 
-# %% ../nbs/04a_edits.ipynb #4f9e44b8
+# %% ../nbs/04a_edits.ipynb #7dad0f36
 def chain(
     *changes: Change,  # the first is made first
 ) -> Change:
@@ -56,7 +55,7 @@ def edit(
     changed = chain(*changes)
     return replace(bits, planes=tuple(changed(k, plane) for k, plane in enumerate(bits.planes)))
 
-# %% ../nbs/04a_edits.ipynb #5bb254c7
+# %% ../nbs/04a_edits.ipynb #0c6d547a
 def channels_of(
     plane: Tensor,         # bool (B, h_k, w_k, d)
     channel: int | None,   # None: all
@@ -87,7 +86,7 @@ class FlipShare:
         keep[..., chosen] = drawn[..., chosen]
         return plane ^ keep.to(plane.device)
 
-# %% ../nbs/04a_edits.ipynb #be935333
+# %% ../nbs/04a_edits.ipynb #c0291802
 @dataclass(frozen=True)
 class Fill:
     "Set all bits of some scales, or of one channel in them."
@@ -103,7 +102,7 @@ class Fill:
         plane[..., channels_of(plane, self.channel)] = self.value
         return plane
 
-# %% ../nbs/04a_edits.ipynb #28930814
+# %% ../nbs/04a_edits.ipynb #8a034df6
 @dataclass(frozen=True)
 class TakeScales:
     "Take the first scales from another picture's bits."

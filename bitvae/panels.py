@@ -6,7 +6,7 @@
 __all__ = ['FORESEEN', 'JOBS', 'CHOSEN', 'Desk', 'Job', 'end_jobs', 'draw_strip', 'named', 'thumbnails', 'PicturesPanel',
            'set_picture', 'BitsPanel', 'bars', 'ScalePanel', 'heat', 'SensitivityPanel', 'SavePanel']
 
-# %% ../nbs/10d_panels.ipynb #3af0ad48
+# %% ../nbs/10d_panels.ipynb #befd5f2b
 import atexit
 import html
 import math
@@ -27,7 +27,7 @@ from .images import difference, error_map, to_image
 from .views import Sensitivity, bit_at, draw_planes, grid_of, residual_energy, rgb_of_planes, sensitivity, usage_of
 from .workbench import FILES, Photograph, State, Workbench, as_floats, code, decibels, describe, do, file_of, picture_for, png, reset, set_correct, take_scales, undo
 
-# %% ../nbs/10d_panels.ipynb #83306947
+# %% ../nbs/10d_panels.ipynb #517fc0f7
 FORESEEN = (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)  # the last: no memory on a GPU
 
 
@@ -70,7 +70,7 @@ class Desk:
         self.bench, self.k = bench, bench.scales
         self.show()
 
-# %% ../nbs/10d_panels.ipynb #97b56ff0
+# %% ../nbs/10d_panels.ipynb #908ca858
 JOBS = weakref.WeakSet()  # all there are
 
 
@@ -112,7 +112,7 @@ class Job:
         "Until it has ended."
         if self.thread: self.thread.join()
 
-# %% ../nbs/10d_panels.ipynb #3b876707
+# %% ../nbs/10d_panels.ipynb #61159a70
 @atexit.register
 def end_jobs() -> None:
     "Cancel all jobs and wait for the steps they are at."
@@ -120,7 +120,7 @@ def end_jobs() -> None:
     for job in jobs: job.cancel()
     for job in jobs: job.wait()
 
-# %% ../nbs/10d_panels.ipynb #d11b7f30
+# %% ../nbs/10d_panels.ipynb #a28bc29d
 CHOSEN = (213, 94, 0)  # vermilion, apart from its surroundings for every kind of colour vision
 
 
@@ -146,7 +146,7 @@ def named(widget: W.DOMWidget, name: str) -> W.VBox:
     "A widget with a line above it."
     return W.VBox([W.HTML(f"<b>{name}</b>"), widget])
 
-# %% ../nbs/10d_panels.ipynb #84e52c5c
+# %% ../nbs/10d_panels.ipynb #ac26b903
 def thumbnails(
     bench: Workbench,
     state: State,
@@ -178,7 +178,7 @@ class PicturesPanel:
 
     def show(self) -> None:
         "The pictures of the scale looked at, then the strip."
-        desk, bench, k = self.desk, self.desk.bench, self.desk.k
+        bench, k = self.desk.bench, self.desk.k
         y, before = as_floats(bench.picture(k)), as_floats(bench.picture(k, bench.states[0])) if self.kind.index else bench.x
         for widget, picture, alt in ((self.original, bench.x, "the original"), (self.picture, y, f"reconstruction from {k} scales"),
                                      (self.map, error_map(before.cpu(), y.cpu()), f"map of the {('error', 'change by the edits')[self.kind.index]}")):  # fmt: skip
@@ -211,7 +211,7 @@ def set_picture(widget: ClickablePicture, picture: Image.Image, alt: str | None 
     if alt: widget.alt = alt
     if (data := png(picture)) != widget.value: widget.value = data
 
-# %% ../nbs/10d_panels.ipynb #82755597
+# %% ../nbs/10d_panels.ipynb #89e6c91e
 class BitsPanel:
     "Bit planes to click on, and edits."
 
@@ -287,7 +287,7 @@ class BitsPanel:
         if other.shape != x.shape: raise ValueError(f"the other picture is {other.shape[-1]}x{other.shape[-2]}, this one {x.shape[-1]}x{x.shape[-2]}: choose a resolution, which makes both squares")
         take_scales(self.desk.bench, other, self.desk.k, chosen.code(size))
 
-# %% ../nbs/10d_panels.ipynb #a1bb45a8
+# %% ../nbs/10d_panels.ipynb #28b9808f
 def bars(
     values: Sequence[float],
     name: str,                    # what they are
@@ -324,7 +324,7 @@ class ScalePanel:
             bars(usage["share_of_ones"], f"share of ones per channel, {usage['tokens']} tokens", 1, line=0.5), bars(usage["entropy"], "entropy per channel, bits", 1),
             bars(energy, f"energy of the residual after 0 to {bench.scales} scales: {energy[k - 1]:.3g} before this one, {energy[k]:.3g} after", max(energy), k)])  # fmt: skip
 
-# %% ../nbs/10d_panels.ipynb #d0f791a8
+# %% ../nbs/10d_panels.ipynb #459591bf
 def heat(
     result: Sensitivity,
 ) -> str:  # HTML
@@ -379,7 +379,7 @@ class SensitivityPanel:
         self.job.cancel()
         self.ended()
 
-# %% ../nbs/10d_panels.ipynb #f6034c26
+# %% ../nbs/10d_panels.ipynb #fb48bc11
 class SavePanel:
     "Buttons that hand files to the browser."
 

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'SourcePanel', 'Viewer', 'snapshot', 'view', 'page_notebook', 'page_settings', 'serve', 'announce']
 
-# %% ../nbs/11_viewer.ipynb #14f7a974
+# %% ../nbs/11_viewer.ipynb #0b57d38a
 import base64
-import html
 import io
 import json
 import os
@@ -25,11 +24,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .evaluation import plot_progressive
-from .images import Encoded, difference, error_map, show_images, to_image
+from .images import Encoded, difference, error_map, to_image
 from .tokenizer import RELEASED, BitVAE
-from .usage import plot_bit_usage
-from .views import draw_planes, grid_of, plot_bit_planes, plot_rate_distortion, plot_scale, plot_sensitivity
+from .views import draw_planes, grid_of
 from .workbench import Photograph, Workbench, as_floats, describe, known_photographs, photograph, picture_for, png, side_by_side
 
 try:
@@ -39,7 +36,15 @@ try:
 except ImportError as e:  # `view` says so, and shows a figure
     W, MISSING = None, e.name
 
-# %% ../nbs/11_viewer.ipynb #677c3827
+# %% ../nbs/11_viewer.ipynb #50601655
+from .evaluation import plot_progressive as plot_progressive
+from .usage import plot_bit_usage as plot_bit_usage
+from .views import plot_bit_planes as plot_bit_planes
+from .views import plot_rate_distortion as plot_rate_distortion
+from .views import plot_scale as plot_scale
+from .views import plot_sensitivity as plot_sensitivity
+
+# %% ../nbs/11_viewer.ipynb #348952de
 SIZES = {"128": 128, "256": 256, "512": 512, "1024": 1024, "whole picture": None}
 
 
@@ -89,7 +94,7 @@ class SourcePanel:
             self.offer(listed if picture in listed else [picture, *listed], picture)
             self.desk.say("")
 
-# %% ../nbs/11_viewer.ipynb #5b119892
+# %% ../nbs/11_viewer.ipynb #6819aba1
 class Viewer:
     "A picture's bits, scale by scale, to look at and to change."
 
@@ -159,7 +164,7 @@ class Viewer:
         still = side_by_side([Image.open(io.BytesIO(p.value)) for p in (self.pictures.original, self.pictures.picture, self.pictures.map)])
         return {"text/plain": describe(self.bench, self.desk.k), "image/png": base64.b64encode(png(still)).decode()} | self.box._repr_mimebundle_(**kwargs)
 
-# %% ../nbs/11_viewer.ipynb #97121fb2
+# %% ../nbs/11_viewer.ipynb #ee2f22bd
 def snapshot(
     bench: Workbench,
     k: int,  # scales looked at
@@ -180,7 +185,7 @@ def snapshot(
     plt.close(fig)
     return fig
 
-# %% ../nbs/11_viewer.ipynb #313ec7dc
+# %% ../nbs/11_viewer.ipynb #15b3b279
 def view(
     picture: str | os.PathLike | None = None,  # a file; None: a photograph of scikit-image
     tokenizer: str | os.PathLike = "demo",     # as for `BitVAE.from_pretrained`
@@ -194,7 +199,7 @@ def view(
     bench = Workbench(BitVAE.from_pretrained(tokenizer), picture_for(chosen.file, size))
     return snapshot(bench, bench.scales)
 
-# %% ../nbs/11_viewer.ipynb #57fd846f
+# %% ../nbs/11_viewer.ipynb #8b196a66
 def page_notebook(
     picture: str | os.PathLike | None,
     tokenizer: str,
@@ -214,7 +219,7 @@ def page_settings(token: str) -> dict:
     return {"Voila": {"ip": "127.0.0.1", "token": token, "open_browser": False}, "VoilaConfiguration": {"file_allowlist": [], "show_tracebacks": False},
             "MappingKernelManager": {"cull_idle_timeout": 1800, "cull_interval": 60}}  # fmt: skip
 
-# %% ../nbs/11_viewer.ipynb #6b02f877
+# %% ../nbs/11_viewer.ipynb #51df53a2
 def serve(
     picture: str | os.PathLike | None = None,
     tokenizer: str = "demo",
@@ -233,7 +238,7 @@ def serve(
         command = [sys.executable, "-m", "voila", "view.ipynb", f"--port={port}", f"--Voila.config_file_paths={[folder]!r}"]
         announce(subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True), token, browser)
 
-# %% ../nbs/11_viewer.ipynb #22ee478b
+# %% ../nbs/11_viewer.ipynb #2b57dfd8
 def announce(
     server: subprocess.Popen,  # Voila, its log as text
     token: str,

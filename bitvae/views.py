@@ -7,7 +7,7 @@ __all__ = ['GAP', 'PlaneGrid', 'grid_of', 'draw_planes', 'bit_at', 'plot_bit_pla
            'usage_of', 'plot_scale', 'Sensitivity', 'flips_to_try', 'sensitivity', 'plot_sensitivity',
            'rate_distortion', 'plot_rate_distortion']
 
-# %% ../nbs/10a_views.ipynb #f30e99fe
+# %% ../nbs/10a_views.ipynb #2fccbae3
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +22,10 @@ from .edits import FlipBit, edit
 from .evaluation import jpeg, prefixes
 from .images import difference, to_image
 from .quantizer import latent_from_bits
-from .tokenizer import BitVAE, latent, quantize
+from .tokenizer import BitVAE, latent
 from .usage import count_bits, describe_usage
 
-# %% ../nbs/10a_views.ipynb #bf7f9779
+# %% ../nbs/10a_views.ipynb #aa739e95
 @dataclass(frozen=True)
 class PlaneGrid:
     "Where the bits of one plane (h, w, d) lie when its channels are set side by side."
@@ -55,7 +55,7 @@ def grid_of(
     zoom = max(1, (side - max(rows, columns)) // max(h * rows, w * columns))
     return PlaneGrid(h, w, channels, columns, zoom, gap=max(2, side // 60))
 
-# %% ../nbs/10a_views.ipynb #dc1c9e67
+# %% ../nbs/10a_views.ipynb #92ca817f
 GAP = 150  # grey level between planes
 
 
@@ -84,7 +84,7 @@ def bit_at(
     inside = 0 <= x < 1 and 0 <= y < 1 and row < grid.h and column < grid.w and n < len(grid.channels)
     return (row, column, grid.channels[n]) if inside else None
 
-# %% ../nbs/10a_views.ipynb #3b3d4f29
+# %% ../nbs/10a_views.ipynb #95305a51
 def plot_bit_planes(
     bits: Bits,
     scale: int,            # position, from 0
@@ -106,7 +106,7 @@ def plot_bit_planes(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10a_views.ipynb #4297fa9e
+# %% ../nbs/10a_views.ipynb #42730a76
 def rgb_of_planes(
     plane: Tensor,                # bool (h, w, d)
     channels: Sequence[int],      # three, for red, green and blue
@@ -114,7 +114,7 @@ def rgb_of_planes(
     "Three channels of a plane as colours."
     return rearrange(plane[..., list(channels)].float() * 2 - 1, "h w c -> c h w")
 
-# %% ../nbs/10a_views.ipynb #7b807f0b
+# %% ../nbs/10a_views.ipynb #305a9182
 def residual_energy(
     z: Tensor,   # latent (1, d, h, w)
     bits: Bits,  # all scales or a prefix
@@ -129,7 +129,7 @@ def usage_of(bits: Bits) -> list[dict]:
     count_bits(usage := [], bits)
     return [describe_usage(u) for u in usage]
 
-# %% ../nbs/10a_views.ipynb #71425711
+# %% ../nbs/10a_views.ipynb #ec1652f5
 def plot_scale(
     tok: BitVAE,
     x: Tensor,             # (1, 3, H, W) in [-1, 1]
@@ -158,7 +158,7 @@ def plot_scale(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10a_views.ipynb #c33b5c1e
+# %% ../nbs/10a_views.ipynb #82a22b35
 @dataclass(frozen=True)
 class Sensitivity:
     "Change of the picture per flipped bit, as far as it is measured."
@@ -202,7 +202,7 @@ def sensitivity(
         for f, r in zip(some, rms, strict=True): total[f.scale, f.channel] += r; count[f.scale, f.channel] += 1
         yield Sensitivity(total / count, bits.schedule[: len(bits)], start + len(some), len(flips))
 
-# %% ../nbs/10a_views.ipynb #773a0bbf
+# %% ../nbs/10a_views.ipynb #6fa9018e
 def plot_sensitivity(
     result: Sensitivity,  # complete or not
 ):  # a matplotlib Figure
@@ -221,7 +221,7 @@ def plot_sensitivity(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10a_views.ipynb #def94647
+# %% ../nbs/10a_views.ipynb #ba15def9
 def rate_distortion(
     tok: BitVAE,
     x: Tensor,  # (1, 3, H, W) in [-1, 1]

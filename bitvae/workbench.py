@@ -7,7 +7,7 @@ __all__ = ['LARGEST', 'WHOLE', 'KEPT', 'FILES', 'picture_for', 'Photograph', 'ph
            'Workbench', 'enter', 'do', 'set_correct', 'take_scales', 'undo', 'reset', 'as_floats', 'decibels',
            'describe', 'code', 'png', 'side_by_side', 'animated', 'file_of', 'save_files']
 
-# %% ../nbs/10b_workbench.ipynb #79115743
+# %% ../nbs/10b_workbench.ipynb #308139d6
 import io
 import os
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from .protocols import PROTOCOLS, psnr
 from .quantizer import Change
 from .tokenizer import BitVAE, latent, quantize
 
-# %% ../nbs/10b_workbench.ipynb #bd087122
+# %% ../nbs/10b_workbench.ipynb #eee317ba
 LARGEST = 60_000_000  # pixels of a file that is opened
 WHOLE = 1_100_000     # pixels that are encoded without making the picture smaller
 
@@ -41,7 +40,7 @@ def picture_for(
     if size is None and w * h > WHOLE: raise ImageError(f"{file} has {w}x{h} pixels; a whole picture may have {WHOLE / 1e6:.1f} million here: choose a resolution")
     return load_image(file, size)
 
-# %% ../nbs/10b_workbench.ipynb #6d928f71
+# %% ../nbs/10b_workbench.ipynb #21b189f5
 class Photograph(NamedTuple):
     "Something to put on the bench."
 
@@ -62,7 +61,7 @@ def known_photographs() -> list[Photograph]:
     return ([Photograph(f, f'held_out_photographs(["skimage"])[{i}]') for i, f in enumerate(held_out_photographs(["skimage"]))]
             + [Photograph(f, f"bundled_photographs()[{i}]") for i, f in enumerate(bundled_photographs())])  # fmt: skip
 
-# %% ../nbs/10b_workbench.ipynb #05c8b49f
+# %% ../nbs/10b_workbench.ipynb #db005c73
 @dataclass
 class State:
     "Edits, and what they lead to."
@@ -100,7 +99,7 @@ class Workbench:
         if k not in state.pictures: state.pictures[k] = to_uint8(self.tok.decode(state.bits[:k]))
         return state.pictures[k]
 
-# %% ../nbs/10b_workbench.ipynb #474fcf97
+# %% ../nbs/10b_workbench.ipynb #aa9e8ae9
 KEPT = 6  # states whose pictures are kept
 
 
@@ -136,7 +135,7 @@ def reset(bench: Workbench) -> None:
     "Back to the picture's own bits."
     del bench.states[1:]
 
-# %% ../nbs/10b_workbench.ipynb #d7c5f485
+# %% ../nbs/10b_workbench.ipynb #1042adfd
 def as_floats(picture: Tensor) -> Tensor:
     "Bytes (..., H, W) as values in [-1, 1]."
     return picture.float() / 127.5 - 1
@@ -144,7 +143,7 @@ def as_floats(picture: Tensor) -> Tensor:
 
 def decibels(bench: Workbench, k: int, state: State | None = None) -> float:
     "PSNR of the first k scales."
-    return psnr(bench.x.float().cpu(), as_floats(bench.picture(k, state)).cpu(), PROTOCOLS["clamped"])[0]
+    return psnr(bench.x.float().cpu(), as_floats(bench.picture(k, state)).cpu(), PROTOCOLS["clamped"])[0].item()
 
 
 def describe(bench: Workbench, k: int) -> str:
@@ -153,7 +152,7 @@ def describe(bench: Workbench, k: int) -> str:
     said = f"{k} of {bench.scales} scales ({h}x{w}), {decibels(bench, k):.2f} dB, {bits.count:,} bits, {-(-bits.count // 8):,} bytes, {bits.count / (H * W):.4f} bits per pixel"
     return said + (f"; without the edits {decibels(bench, k, bench.states[0]):.2f} dB" if bench.state.edits else "")
 
-# %% ../nbs/10b_workbench.ipynb #8e4a5c5b
+# %% ../nbs/10b_workbench.ipynb #eba7bb64
 def code(bench: Workbench) -> str:
     "Python that makes the picture's bits and the edits again."
     names = sorted({line.split("(")[0] for _, line in bench.state.edits})
@@ -164,7 +163,7 @@ def code(bench: Workbench) -> str:
     if used := [f for f in ("bundled_photographs", "held_out_photographs") if f in "".join(lines)]: imports.append(f"from bitvae.images import {', '.join(used)}")
     return "\n".join(imports + lines)
 
-# %% ../nbs/10b_workbench.ipynb #0d5934ae
+# %% ../nbs/10b_workbench.ipynb #0243286f
 def png(picture: Image.Image) -> bytes:
     "A picture as PNG, quickly."
     picture.save(data := io.BytesIO(), "PNG", compress_level=1)
