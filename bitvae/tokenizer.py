@@ -196,12 +196,12 @@ def decode(
     if not isinstance(bits, Bits): raise TypeError(f"decode takes Bits, as encode or Bits.load give them, got {type(bits).__name__}")
     if bits.dim != tok.config.dim:
         raise ValueError(f"these bits have {bits.dim} per token, this tokenizer {tok.config.dim}: they come from another one")
-    if bits.tokenizer not in (None, tok.fingerprint) and not force:
-        raise ValueError(f"these bits were made by tokenizer {bits.tokenizer}, this one is {tok.fingerprint}: load that one, or pass force=True")
     (h, w), f = bits.latent_size, tok.config.stride
     H, W = bits.image_size or (h * f, w * f)
     if (-(-H // f), -(-W // f)) != (h, w):
         raise ValueError(f"{h}x{w} tokens do not describe {H}x{W} pixels at stride {f}: the bits come from another tokenizer")
+    if bits.tokenizer not in (None, tok.fingerprint) and not force:
+        raise ValueError(f"these bits were made by tokenizer {bits.tokenizer}, this one is {tok.fingerprint}: load that one, or pass force=True")
     with torch.inference_mode():
         y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype))
     return (y.clamp(-1, 1) if clamp else y)[..., :H, :W].to(bits.device, copy=True)
