@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NotebookError', 'run_notebook', 'settle_bars', 'private_kernel_manager', 'interrupting', 'train_command',
-           'evaluate_command', 'make_list_command', 'run_command', 'view_command', 'describe_bits',
-           'describe_tokenizer', 'info_command', 'parser', 'main']
+           'evaluate_command', 'make_list_command', 'run_command', 'view_command', 'encode_command', 'decode_command',
+           'fit_coder_command', 'describe_tokenizer', 'info_command', 'parser', 'main']
 
 # %% ../nbs/12_cli.ipynb #e76800ae
 import argparse
@@ -21,12 +21,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import __version__
-from .bits import Bits, scale_schedule
+from .bits import scale_schedule
+from .codec import decode_file, describe_file, encode_file, fit_coder
 from .comparison import read_results
 from .data import write_list
+from .entropy import save_coder
 from .evaluation import add_arguments as add_evaluation, command_line, evaluate_from, table
 from .recipes import parse_setting
-from .tokenizer import BitVAE
+from .tokenizer import CODER, BitVAE
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
 from .viewer import serve
 
@@ -149,14 +151,25 @@ def view_command(args: argparse.Namespace) -> None:
     "bitvae view"
     serve(args.image, args.tokenizer, args.size or None, args.port, not args.no_browser)
 
+# %% ../nbs/12_cli.ipynb #e4c5ff13
+def encode_command(args: argparse.Namespace) -> None:
+    "bitvae encode"
+    encode_file(BitVAE.from_pretrained(args.tokenizer, args.mode), args.picture, args.bits, args.size, not args.raw)
+    print(describe_file(args.bits))
+
+
+def decode_command(args: argparse.Namespace) -> None:
+    "bitvae decode"
+    print(f"written: {decode_file(BitVAE.from_pretrained(args.tokenizer), args.bits, args.picture, args.scales, args.force)}")
+
+
+def fit_coder_command(args: argparse.Namespace) -> None:
+    "bitvae fit-coder"
+    file = Path(args.tokenizer) / CODER
+    if not file.parent.is_dir(): raise ValueError(f"{args.tokenizer} is no folder of a tokenizer: the coder is kept beside its weights")
+    print(f"written: {save_coder(fit_coder(BitVAE.from_pretrained(args.tokenizer), args.images, args.count), file)}")
+
 # %% ../nbs/12_cli.ipynb #00f4bc91
-def describe_bits(bits: Bits) -> str:
-    "What a bits file holds, as text."
-    sizes = " ".join(f"{h}x{w}" for h, w in bits.schedule[: len(bits)])
-    H, W = bits.image_size or ("?", "?")
-    return f"{bits}\nimage {H}x{W} (height x width), scales {sizes}"
-
-
 def describe_tokenizer(tok: BitVAE) -> str:
     "The configuration of a tokenizer, its weights, and what an image costs, as text."
     c, counts = tok.config, [sum(p.numel() for p in m.parameters()) / 1e6 for m in (tok.encoder, tok.decoder)]
@@ -170,7 +183,7 @@ def describe_tokenizer(tok: BitVAE) -> str:
 # %% ../nbs/12_cli.ipynb #d24c46bb
 def info_command(args: argparse.Namespace) -> None:
     "bitvae info"
-    if Path(args.what).suffix == ".bits": print(describe_bits(Bits.load(args.what)))
+    if Path(args.what).suffix == ".bits": print(describe_file(args.what))
     else: print(describe_tokenizer(BitVAE.from_pretrained(args.what)))
 
 # %% ../nbs/12_cli.ipynb #8221d4aa
@@ -209,6 +222,23 @@ def parser() -> argparse.ArgumentParser:
     v.add_argument("--size", type=int, default=256, metavar="PIXELS", help="short side resized to it, centre crop; 0 for the whole picture")
     v.add_argument("--port", type=int, default=8866, help="of the page, or one near it")
     v.add_argument("--no-browser", action="store_true", help="only print the address")
+    n = command("encode", encode_command, "A picture to a bits file.")
+    n.add_argument("picture", help="any file Pillow reads")
+    n.add_argument("bits", help="the file to write")
+    n.add_argument("--tokenizer", default="demo", help="a folder, a checkpoint, or a name")
+    n.add_argument("--mode", help="schedule, if not the tokenizer's own")
+    n.add_argument("--size", type=int, metavar="PIXELS", help="short side resized to it, centre crop; the whole picture, if not given")
+    n.add_argument("--raw", action="store_true", help="do not compress")
+    d = command("decode", decode_command, "A bits file to a picture.")
+    d.add_argument("bits", help="of one picture")
+    d.add_argument("picture", help="the file to write; its ending chooses the format")
+    d.add_argument("--tokenizer", default="demo", help="a folder, a checkpoint, or a name")
+    d.add_argument("--scales", type=int, metavar="K", help="only the first K; all there are, if not given")
+    d.add_argument("--force", action="store_true", help="decode bits that another tokenizer made")
+    f = command("fit-coder", fit_coder_command, "Fit the coder that compresses a tokenizer's bits; it is kept in the tokenizer's folder.")
+    f.add_argument("tokenizer", help="a folder")
+    f.add_argument("--images", nargs="+", metavar="SOURCE", default=["bundled"], help="folders, lists (.txt), images or 'bundled'; not those it will be judged by")
+    f.add_argument("--count", type=int, default=480, help="crops to look at")
     i = command("info", info_command, "Describe a tokenizer or a bits file.")
     i.add_argument("what", help="a folder, a checkpoint, a name such as demo, or a .bits file")
     return top
