@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PICTURE_JS', 'PICTURE_CSS', 'DOWNLOAD_JS', 'ClickablePicture', 'Download']
 
-# %% ../nbs/10c_clickable.ipynb #49e74483
+# %% ../nbs/10c_clickable.ipynb #95a0e708
 from collections.abc import Callable
 
 import anywidget
 import traitlets
 
-# %% ../nbs/10c_clickable.ipynb #708fe651
+# %% ../nbs/10c_clickable.ipynb #2a9e213b
 PICTURE_JS = """
 function render({ model, el }) {
   const box = document.createElement("div"), img = document.createElement("img"), mark = document.createElement("div");
@@ -21,14 +21,17 @@ function render({ model, el }) {
   const show = () => {
     const old = img.src;
     img.src = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
-    img.onload = () => URL.revokeObjectURL(old);
+    img.onload = () => {
+      URL.revokeObjectURL(old);
+      img.classList.toggle("bitvae-pixels", img.naturalWidth < img.width);
+    };
     img.alt = model.get("alt");
     img.style.width = model.get("width") + "px";
     img.classList.toggle("bitvae-answers", model.get("answers"));
     box.tabIndex = model.get("answers") ? 0 : -1;
   };
   const move = () => { mark.style.left = 100 * at[0] + "%"; mark.style.top = 100 * at[1] + "%"; };
-  const click = (x, y) => { if (model.get("answers")) model.send({ x, y }); };
+  const click = (x, y) => { if (model.get("answers")) model.send({ x, y, alt: img.alt }); };
   img.addEventListener("click", (e) => {
     const r = img.getBoundingClientRect();
     at = [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height];
@@ -53,12 +56,13 @@ export default { render };
 """
 PICTURE_CSS = """
 .bitvae-picture { position: relative; display: inline-block; line-height: 0; }
-.bitvae-picture img { max-width: 100%; height: auto; image-rendering: pixelated; }
+.bitvae-picture img { max-width: 100%; height: auto; }
+.bitvae-picture img.bitvae-pixels { image-rendering: pixelated; }
 .bitvae-picture img.bitvae-answers { cursor: crosshair; }
 .bitvae-mark { position: absolute; width: 9px; height: 9px; margin: -5px 0 0 -5px; border: 2px solid #d55e00; border-radius: 50%; pointer-events: none; }
 """
 
-# %% ../nbs/10c_clickable.ipynb #440f4aff
+# %% ../nbs/10c_clickable.ipynb #4c255465
 class ClickablePicture(anywidget.AnyWidget):
     "A picture in the browser that says where it was clicked."
 
@@ -75,13 +79,17 @@ class ClickablePicture(anywidget.AnyWidget):
     ) -> None:
         "Say what a click does."
         self.does, self.answers = does, True
-        self.on_msg(lambda widget, content, buffers: self.click(content["x"], content["y"]))
+        self.on_msg(lambda widget, content, buffers: self.clicked(**content))
+
+    def clicked(self, x: float, y: float, alt: str) -> None:
+        "A click in the browser; one on a picture that has gone meanwhile does nothing."
+        if alt == self.alt: self.click(x, y)
 
     def click(self, x: float, y: float) -> None:
         "What a click at that place does; a test calls it without a browser."
         self.does(float(x), float(y))
 
-# %% ../nbs/10c_clickable.ipynb #bdaa4196
+# %% ../nbs/10c_clickable.ipynb #603e13d1
 DOWNLOAD_JS = """
 function render({ model, el }) {
   const button = document.createElement("button");

@@ -11,6 +11,7 @@ __all__ = ['HELD_OUT', 'ImageError', 'from_deep_grey', 'to_rgb', 'Encoded', 'ope
 import io
 import math
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -80,7 +81,7 @@ def opened(
         raise ImageError(f"{file} is not an image that Pillow can read: remove it, or convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as e:
         raise ImageError(f"{file} is too large: {e}; raise PIL.Image.MAX_IMAGE_PIXELS if you trust it") from e
-    except (OSError, SyntaxError, ValueError) as e:
+    except (OSError, SyntaxError, ValueError, struct.error) as e:
         raise ImageError(f"{file} cannot be decoded ({e}): it is truncated or damaged; fetch it again or remove it") from e
 
 # %% ../nbs/00_images.ipynb #e6fbefbc

@@ -6,7 +6,7 @@
 __all__ = ['FORESEEN', 'JOBS', 'CHOSEN', 'Desk', 'Job', 'end_jobs', 'draw_strip', 'named', 'thumbnails', 'PicturesPanel',
            'set_picture', 'BitsPanel', 'bars', 'ScalePanel', 'heat', 'SensitivityPanel', 'SavePanel']
 
-# %% ../nbs/10d_panels.ipynb #befd5f2b
+# %% ../nbs/10d_panels.ipynb #a3c164e2
 import atexit
 import html
 import math
@@ -27,7 +27,7 @@ from .images import difference, error_map, to_image
 from .views import Sensitivity, bit_at, draw_planes, grid_of, residual_energy, rgb_of_planes, sensitivity, usage_of
 from .workbench import FILES, Photograph, State, Workbench, as_floats, code, decibels, describe, do, file_of, picture_for, png, reset, set_correct, take_scales, undo
 
-# %% ../nbs/10d_panels.ipynb #517fc0f7
+# %% ../nbs/10d_panels.ipynb #7a660dc3
 FORESEEN = (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)  # the last: no memory on a GPU
 
 
@@ -56,8 +56,8 @@ class Desk:
         "Do something to the bench, and show it."
         with self.reporting():
             self.say("")
-            does(*arguments)
-            self.show()
+            try: does(*arguments)
+            finally: self.show()  # after a failure, too: what was pressed may show what is not so
 
     def select(self, k: int) -> None:
         "Look at the first k scales."
@@ -70,7 +70,7 @@ class Desk:
         self.bench, self.k = bench, bench.scales
         self.show()
 
-# %% ../nbs/10d_panels.ipynb #908ca858
+# %% ../nbs/10d_panels.ipynb #c7097d33
 JOBS = weakref.WeakSet()  # all there are
 
 
@@ -93,13 +93,17 @@ class Job:
 
         def run() -> None:
             if before: before.join()
-            with self.desk.reporting():
+            wrong = None
+            try:
                 for step in steps:
                     with self.lock:
                         if stop.is_set(): return
                         show(step)
-            with self.lock:
-                if not stop.is_set(): ended()
+            except FORESEEN as e: wrong = str(e) or type(e).__name__
+            finally:
+                with self.lock:
+                    if not stop.is_set(): ended()
+                    if wrong and not stop.is_set(): self.desk.say(wrong)
 
         self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
@@ -112,7 +116,7 @@ class Job:
         "Until it has ended."
         if self.thread: self.thread.join()
 
-# %% ../nbs/10d_panels.ipynb #61159a70
+# %% ../nbs/10d_panels.ipynb #dc47cf03
 @atexit.register
 def end_jobs() -> None:
     "Cancel all jobs and wait for the steps they are at."
@@ -120,7 +124,7 @@ def end_jobs() -> None:
     for job in jobs: job.cancel()
     for job in jobs: job.wait()
 
-# %% ../nbs/10d_panels.ipynb #a28bc29d
+# %% ../nbs/10d_panels.ipynb #675f4369
 CHOSEN = (213, 94, 0)  # vermilion, apart from its surroundings for every kind of colour vision
 
 
@@ -146,7 +150,7 @@ def named(widget: W.DOMWidget, name: str) -> W.VBox:
     "A widget with a line above it."
     return W.VBox([W.HTML(f"<b>{name}</b>"), widget])
 
-# %% ../nbs/10d_panels.ipynb #ac26b903
+# %% ../nbs/10d_panels.ipynb #c2393a51
 def thumbnails(
     bench: Workbench,
     state: State,
@@ -180,8 +184,10 @@ class PicturesPanel:
         "The pictures of the scale looked at, then the strip."
         bench, k = self.desk.bench, self.desk.k
         y, before = as_floats(bench.picture(k)), as_floats(bench.picture(k, bench.states[0])) if self.kind.index else bench.x
+        width = min(384, max(256, bench.x.shape[-1]))
         for widget, picture, alt in ((self.original, bench.x, "the original"), (self.picture, y, f"reconstruction from {k} scales"),
                                      (self.map, error_map(before.cpu(), y.cpu()), f"map of the {('error', 'change by the edits')[self.kind.index]}")):  # fmt: skip
+            widget.width = width
             set_picture(widget, to_image(picture), alt)
         self.numbers.value = html.escape(describe(bench, k))
         for widget in (self.slider, self.play): widget.max, widget.value = bench.scales, k
@@ -191,10 +197,11 @@ class PicturesPanel:
         "The frame around the scale looked at; all pictures anew where the bits have changed."
         bench, (H, W_) = self.desk.bench, self.desk.bench.x.shape[-2:]
         if self.drawn is not bench.state:
+            self.job.cancel()
             size = max(8, self.strip.width // max(bench.scales, 6) - 8), max(8, (self.strip.width // max(bench.scales, 6) - 8) * H // W_)
             self.drawn, self.small, self.names, self.size = bench.state, [None] * bench.scales, [""] * bench.scales, size
             self.job.start(thumbnails(bench, bench.state, size), self.take)
-        self.draw()
+        with self.job.lock: self.draw()
 
     def take(self, found: tuple[int, Image.Image, str]) -> None:
         "One more picture for the strip."
@@ -211,7 +218,7 @@ def set_picture(widget: ClickablePicture, picture: Image.Image, alt: str | None 
     if alt: widget.alt = alt
     if (data := png(picture)) != widget.value: widget.value = data
 
-# %% ../nbs/10d_panels.ipynb #89e6c91e
+# %% ../nbs/10d_panels.ipynb #3cb20f27
 class BitsPanel:
     "Bit planes to click on, and edits."
 
@@ -223,7 +230,7 @@ class BitsPanel:
     ):
         self.desk, self.others_size = desk, size
         self.planes = ClickablePicture(width=380)
-        self.channel = W.Dropdown(options=[("all", None)], description="channels")
+        self.channel, self.at = W.Dropdown(options=["all"], description="channels"), None
         self.scales = W.SelectMultiple(description="scales", rows=7)
         self.share = W.BoundedFloatText(value=0.1, min=0, max=1, step=0.05, description="share")
         self.other = W.Dropdown(options=[(p.name, p) for p in others], description="other")
@@ -244,14 +251,17 @@ class BitsPanel:
         "The planes, the choices there are, and the Python."
         bench, k = self.desk.bench, self.desk.k
         plane, (h, w) = bench.bits.planes[k - 1][0], bench.bits.schedule[k - 1]
-        names = [("all", None), *((f"{c}", c) for c in range(bench.bits.dim)), *((f"{c}, {c + 1}, {c + 2} as colours", (c, c + 1, c + 2)) for c in range(0, bench.bits.dim - 2, 3))]
+        names = [("all", "all"), *((f"{c}", c) for c in range(bench.bits.dim)), *((f"{c}, {c + 1}, {c + 2} as colours", (c, c + 1, c + 2)) for c in range(0, bench.bits.dim - 2, 3))]
         if self.channel.options != tuple(names): self.channel.options = names
         sizes = [(f"{i + 1}: {a}x{b}", i) for i, (a, b) in enumerate(bench.bits.schedule[: bench.scales])]
-        if self.scales.options != tuple(sizes): self.scales.options, self.scales.value = sizes, ()
-        if len(self.scales.value) < 2: self.scales.value = (k - 1,)  # the one looked at, unless several are chosen
+        if self.scales.options != tuple(sizes): self.scales.options, self.scales.value, self.at = sizes, (), None
+        if self.at != k and len(self.scales.value) < 2: self.scales.value = (k - 1,)  # the one looked at now, unless several are chosen
+        self.at = k
         self.correct.value = bench.state.correct
         self.where.value = f"<b>bit planes of scale {k} ({h}x{w})</b>, ones white: click on a bit to flip it"
-        set_picture(self.planes, self.draw(plane), f"bit planes of scale {k}")
+        drawn = self.draw(plane)
+        self.planes.width = drawn.width
+        set_picture(self.planes, drawn, f"bit planes of scale {k}")
         self.planes.step = [1 / n for n in (self.grid.columns * w, self.grid.rows * h)]
         self.count.value = f"edits: {len(bench.state.edits)}"
         self.python.value = f"<pre style='white-space: pre-wrap; line-height: 1.3'>{html.escape(code(bench))}</pre>"
@@ -259,7 +269,7 @@ class BitsPanel:
     def draw(self, plane: Tensor) -> Image.Image:
         "One channel, all in a grid, or three as colours."
         chosen = self.channel.value
-        self.grid = grid_of(plane, chosen if isinstance(chosen, int) else None if chosen is None else 0)
+        self.grid = grid_of(plane, chosen if isinstance(chosen, int) else 0 if isinstance(chosen, tuple) else None)
         if not isinstance(chosen, tuple): return Image.fromarray(draw_planes(self.grid, plane))
         return to_image(rgb_of_planes(plane, chosen)).resize((self.grid.size[1], self.grid.size[0]), Image.Resampling.NEAREST)
 
@@ -287,7 +297,7 @@ class BitsPanel:
         if other.shape != x.shape: raise ValueError(f"the other picture is {other.shape[-1]}x{other.shape[-2]}, this one {x.shape[-1]}x{x.shape[-2]}: choose a resolution, which makes both squares")
         take_scales(self.desk.bench, other, self.desk.k, chosen.code(size))
 
-# %% ../nbs/10d_panels.ipynb #28b9808f
+# %% ../nbs/10d_panels.ipynb #5d990b47
 def bars(
     values: Sequence[float],
     name: str,                    # what they are
@@ -324,7 +334,7 @@ class ScalePanel:
             bars(usage["share_of_ones"], f"share of ones per channel, {usage['tokens']} tokens", 1, line=0.5), bars(usage["entropy"], "entropy per channel, bits", 1),
             bars(energy, f"energy of the residual after 0 to {bench.scales} scales: {energy[k - 1]:.3g} before this one, {energy[k]:.3g} after", max(energy), k)])  # fmt: skip
 
-# %% ../nbs/10d_panels.ipynb #459591bf
+# %% ../nbs/10d_panels.ipynb #70952397
 def heat(
     result: Sensitivity,
 ) -> str:  # HTML
@@ -357,12 +367,14 @@ class SensitivityPanel:
 
     def show(self) -> None:
         "A map of other bits goes."
-        if self.shown not in (None, self.desk.bench.state): self.end(); self.map.value, self.shown = "", None
+        if self.shown is not None and self.shown is not self.desk.bench.state:
+            self.end()
+            self.map.value, self.shown, self.progress.value = "", None, 0
 
     def start(self) -> None:
         "Measure the bits on the bench."
         bench, pixels = self.desk.bench, self.desk.bench.x[0, 0].numel()
-        self.shown, self.measure.disabled, self.cancel.disabled = bench.state, True, False
+        self.shown, self.measure.disabled, self.cancel.disabled, self.map.value, self.progress.value = bench.state, True, False, "", 0
         self.job.start(sensitivity(bench.tok, bench.bits, self.samples.value, batch=max(1, min(8, 2**19 // pixels))), self.take, self.ended)
 
     def take(self, result: Sensitivity) -> None:
@@ -379,7 +391,7 @@ class SensitivityPanel:
         self.job.cancel()
         self.ended()
 
-# %% ../nbs/10d_panels.ipynb #fb48bc11
+# %% ../nbs/10d_panels.ipynb #96ee9bea
 class SavePanel:
     "Buttons that hand files to the browser."
 

@@ -74,8 +74,9 @@ def plot_bit_usage(
     image = shares.imshow([r["share_of_ones"] for r in rows], vmin=0, vmax=1, cmap="PuOr", aspect="auto")
     shares.set_yticks(range(len(names)), names); shares.set_xlabel("channel"); shares.set_title("share of ones", fontsize=9)
     fig.colorbar(image, ax=shares)
-    bits.fill_between(names, entropy.amin(1), entropy.amax(1), color="0.85"); bits.plot(names, entropy.mean(1), "o-", color="black")
-    bits.set_ylim(0, 1.02); bits.tick_params(axis="x", rotation=90); bits.set_title("entropy per bit", fontsize=9)
+    at = range(len(names))  # names may be equal
+    bits.fill_between(at, entropy.amin(1), entropy.amax(1), color="0.85"); bits.plot(at, entropy.mean(1), "o-", color="black")
+    bits.set_ylim(0, 1.02); bits.set_xticks(at, names, rotation=90); bits.set_title("entropy per bit", fontsize=9)
     image = pairs.imshow(rows[-1]["correlation"], vmin=-1, vmax=1, cmap="PuOr")
     pairs.set_xlabel("channel"); pairs.set_title(f"correlation, {names[-1]}", fontsize=9); fig.colorbar(image, ax=pairs)
     plt.close(fig)

@@ -7,7 +7,7 @@ __all__ = ['GAP', 'PlaneGrid', 'grid_of', 'draw_planes', 'bit_at', 'plot_bit_pla
            'usage_of', 'plot_scale', 'Sensitivity', 'flips_to_try', 'sensitivity', 'plot_sensitivity',
            'rate_distortion', 'plot_rate_distortion']
 
-# %% ../nbs/10a_views.ipynb #2fccbae3
+# %% ../nbs/10a_views.ipynb #45c1547f
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from .quantizer import latent_from_bits
 from .tokenizer import BitVAE, latent
 from .usage import count_bits, describe_usage
 
-# %% ../nbs/10a_views.ipynb #aa739e95
+# %% ../nbs/10a_views.ipynb #e70fe972
 @dataclass(frozen=True)
 class PlaneGrid:
     "Where the bits of one plane (h, w, d) lie when its channels are set side by side."
@@ -55,7 +55,7 @@ def grid_of(
     zoom = max(1, (side - max(rows, columns)) // max(h * rows, w * columns))
     return PlaneGrid(h, w, channels, columns, zoom, gap=max(2, side // 60))
 
-# %% ../nbs/10a_views.ipynb #92ca817f
+# %% ../nbs/10a_views.ipynb #4d47822d
 GAP = 150  # grey level between planes
 
 
@@ -84,7 +84,7 @@ def bit_at(
     inside = 0 <= x < 1 and 0 <= y < 1 and row < grid.h and column < grid.w and n < len(grid.channels)
     return (row, column, grid.channels[n]) if inside else None
 
-# %% ../nbs/10a_views.ipynb #95305a51
+# %% ../nbs/10a_views.ipynb #04c0fa1d
 def plot_bit_planes(
     bits: Bits,
     scale: int,            # position, from 0
@@ -106,7 +106,7 @@ def plot_bit_planes(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10a_views.ipynb #42730a76
+# %% ../nbs/10a_views.ipynb #9304ca86
 def rgb_of_planes(
     plane: Tensor,                # bool (h, w, d)
     channels: Sequence[int],      # three, for red, green and blue
@@ -114,7 +114,7 @@ def rgb_of_planes(
     "Three channels of a plane as colours."
     return rearrange(plane[..., list(channels)].float() * 2 - 1, "h w c -> c h w")
 
-# %% ../nbs/10a_views.ipynb #305a9182
+# %% ../nbs/10a_views.ipynb #e0392038
 def residual_energy(
     z: Tensor,   # latent (1, d, h, w)
     bits: Bits,  # all scales or a prefix
@@ -129,7 +129,7 @@ def usage_of(bits: Bits) -> list[dict]:
     count_bits(usage := [], bits)
     return [describe_usage(u) for u in usage]
 
-# %% ../nbs/10a_views.ipynb #ec1652f5
+# %% ../nbs/10a_views.ipynb #24b9447b
 def plot_scale(
     tok: BitVAE,
     x: Tensor,             # (1, 3, H, W) in [-1, 1]
@@ -158,7 +158,7 @@ def plot_scale(
     plt.close(fig)
     return fig
 
-# %% ../nbs/10a_views.ipynb #82a22b35
+# %% ../nbs/10a_views.ipynb #7549414d
 @dataclass(frozen=True)
 class Sensitivity:
     "Change of the picture per flipped bit, as far as it is measured."
@@ -202,7 +202,7 @@ def sensitivity(
         for f, r in zip(some, rms, strict=True): total[f.scale, f.channel] += r; count[f.scale, f.channel] += 1
         yield Sensitivity(total / count, bits.schedule[: len(bits)], start + len(some), len(flips))
 
-# %% ../nbs/10a_views.ipynb #6fa9018e
+# %% ../nbs/10a_views.ipynb #56bdd61b
 def plot_sensitivity(
     result: Sensitivity,  # complete or not
 ):  # a matplotlib Figure
@@ -216,20 +216,20 @@ def plot_sensitivity(
     ax.set_facecolor("white")
     image = ax.imshow(result.change, cmap="cividis", norm=LogNorm(low, max(high, 1.01 * low)), aspect="auto", interpolation="nearest")
     ax.set_yticks(range(len(names)), names); ax.set_xlabel("channel"); ax.set_title("change per flipped bit, grey levels", fontsize=9); fig.colorbar(image, ax=ax)
-    line.plot(names, result.change.nanmean(1), "o-", color="black"); line.set_yscale("log"); line.tick_params(axis="x", rotation=90)
+    line.plot(range(len(names)), result.change.nanmean(1), "o-", color="black"); line.set_yscale("log"); line.set_xticks(range(len(names)), names, rotation=90)
     line.set_title(f"mean of the scale ({result.done} of {result.total} bits)", fontsize=9)
     plt.close(fig)
     return fig
 
-# %% ../nbs/10a_views.ipynb #ba15def9
+# %% ../nbs/10a_views.ipynb #b8038c8e
 def rate_distortion(
     tok: BitVAE,
     x: Tensor,  # (1, 3, H, W) in [-1, 1]
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:  # (bytes, dB) of the prefixes, and of JPEG files
-    "Bytes and PSNR of every number of scales, and of JPEG files about as large."
+    "Bytes of the compressed file and PSNR of every number of scales, and of JPEG files about as large."
     def decibels(y: Tensor) -> float: return -10 * math.log10(max((y - x).square().mean().item() / 4, 1e-10))
 
-    ours = [(part.count / 8, decibels(y)) for part, y in prefixes(tok, tok.encode(x))]
+    ours = [(len(part.to_bytes(compress=True)), decibels(y)) for part, y in prefixes(tok, tok.encode(x))]
     rates, pixels = [8 * n * 2**i / x[0, 0].numel() for n, _ in ours[-1:] for i in range(-1, 3)], x[0, 0].numel()
     files = dict.fromkeys((took, decibels(y[None].to(x))) for y, took in (jpeg(x[0], r) for r in rates))
     return ours, [(took * pixels / 8, quality) for took, quality in files]

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from bitvae.cli import NotebookError, run_notebook
+from bitvae.codec import fit_coder
+from bitvae.entropy import save_coder
 from bitvae.evaluation import table
-from bitvae.tokenizer import BitVAE
+from bitvae.tokenizer import CODER, BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, CARD = Path("nbs/experiments"), Path("benchmarks/demo-tokenizer")
@@ -49,6 +51,7 @@ def main() -> None:
     made = folder / "demo"
     BitVAE.from_pretrained(train_stages(folder, args.steps)).half().save_pretrained(made)
     if not args.steps:
+        save_coder(fit_coder(BitVAE.from_pretrained(made), str(CARD / "photographs")), made / CODER)
         run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(made), folder=str(folder), metrics=["psnr", "ssim", "ms_ssim", "efficientnet"])
         print(f"\n{table(json.loads((folder / 'metrics.json').read_text()))}\n")
     same = same_weights(BitVAE.from_pretrained(made), BitVAE.from_pretrained("demo"))
