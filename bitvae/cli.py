@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NotebookError', 'run_notebook', 'settle_bars', 'private_kernel_manager', 'interrupting', 'train_command',
            'evaluate_command', 'make_list_command', 'run_command', 'view_command', 'encode_command', 'decode_command',
-           'fit_coder_command', 'describe_tokenizer', 'info_command', 'parser', 'main']
+           'fit_coder_command', 'tokenize_command', 'verify_command', 'count_command', 'describe_tokenizer',
+           'info_command', 'parser', 'main']
 
 # %% ../nbs/12_cli.ipynb #e76800ae
 import argparse
@@ -29,6 +30,7 @@ from .entropy import save_coder
 from .evaluation import add_arguments as add_evaluation, command_line, evaluate_from, table
 from .recipes import parse_setting
 from .tokenizer import CODER, BitVAE
+from .tokens import add_arguments as add_tokenizing, read_manifest, tokenize_from, verify
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
 from .viewer import serve
 
@@ -169,6 +171,29 @@ def fit_coder_command(args: argparse.Namespace) -> None:
     if not file.parent.is_dir(): raise ValueError(f"{args.tokenizer} is no folder of a tokenizer: the coder is kept beside its weights")
     print(f"written: {save_coder(fit_coder(BitVAE.from_pretrained(args.tokenizer), args.images, args.count), file)}")
 
+# %% ../nbs/12_cli.ipynb #07864e30
+def tokenize_command(args: argparse.Namespace) -> None:
+    "bitvae tokenize"
+    if args.processes > 1:
+        options = {name.replace("_", "-"): value for name, value in vars(args).items() if name not in ("does", "debug", "processes", "tokenizer", "compress")}
+        run_processes(torchrun(args.processes, module="bitvae.tokens") + command_line(args.tokenizer, **options) + ["--compress"] * args.compress)
+        made = read_manifest(args.folder)
+    else: made = tokenize_from(args)
+    for shard in made["shards"]:
+        for reason in shard["failed"].values(): print(f"left out: {reason}")
+    print(f"{made['count']:,} pictures in {len(made['shards'])} shards, {made['bytes']:,} bytes: {args.folder}")
+
+
+def verify_command(args: argparse.Namespace) -> None:
+    "bitvae verify"
+    made = verify(args.folder)
+    print(f"{made['count']:,} pictures in {len(made['shards'])} shards, all whole, by tokenizer {made['tokenizer']}" + (f"; {made['failed']} were left out" if made["failed"] else ""))
+
+
+def count_command(args: argparse.Namespace) -> None:
+    "bitvae count"
+    print(read_manifest(args.folder)["count"])
+
 # %% ../nbs/12_cli.ipynb #00f4bc91
 def describe_tokenizer(tok: BitVAE) -> str:
     "The configuration of a tokenizer, its weights, and what an image costs, as text."
@@ -235,6 +260,11 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--tokenizer", default="demo", help="a folder, a checkpoint, or a name")
     d.add_argument("--scales", type=int, metavar="K", help="only the first K; all there are, if not given")
     d.add_argument("--force", action="store_true", help="decode bits that another tokenizer made")
+    k = command("tokenize", tokenize_command, "A data set of pictures to shards of bits; what was interrupted goes on.")
+    add_tokenizing(k)
+    k.add_argument("--processes", type=int, default=1, help="that tokenize on this machine, such as one per GPU")
+    for name, does, text in (("verify", verify_command, "Read a data set of bits and check everything."), ("count", count_command, "How many pictures a data set of bits holds.")):
+        command(name, does, text).add_argument("folder", help="of shards")
     f = command("fit-coder", fit_coder_command, "Fit the coder that compresses a tokenizer's bits; it is kept in the tokenizer's folder.")
     f.add_argument("tokenizer", help="a folder")
     f.add_argument("--images", nargs="+", metavar="SOURCE", default=["bundled"], help="folders, lists (.txt), images or 'bundled'; not those it will be judged by")
