@@ -15,7 +15,7 @@ retrain-demo: .venv/installed
 	$(BIN)/python tools/retrain_demo.py $(if $(STEPS),--steps $(STEPS))
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs

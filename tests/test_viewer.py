@@ -1,4 +1,4 @@
-"The viewer in a real browser: JupyterLab, and the page of `bitvae view`. Screenshots go to runs/screenshots, which git ignores."
+"The viewer in a real browser: JupyterLab, and the page of `bitvae view`. Screenshots go to runs/screenshots, which git ignores; the closing lines name them."
 import io
 import json
 import os
@@ -42,15 +42,6 @@ def page():
         browser.close()
 
 
-@pytest.fixture
-def say(capsys):
-    "Print past pytest's capture, so that the log shows it."
-    def print_now(*words):
-        with capsys.disabled(): print(*words)
-
-    return print_now
-
-
 @contextmanager
 def running(command, **options):
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **options)
@@ -76,15 +67,14 @@ def changed(page, alt, before):
     raise AssertionError(f"the picture {alt!r} did not change")
 
 
-def screenshot(page, name, say):
+def screenshot(page, name):
     folder = ROOT / "runs" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=folder / name)
     assert (folder / name).stat().st_size > 20_000
-    say(f"\nscreenshot saved: {(folder / name).relative_to(ROOT)}")
 
 
-def use(page, tmp_path, name, say):
+def use(page, tmp_path, name):
     "What somebody does with the viewer; the same wherever it is shown."
     from playwright.sync_api import expect
 
@@ -97,7 +87,7 @@ def use(page, tmp_path, name, say):
         expect(page.get_by_text(f"{k} of 10 scales")).to_be_visible()
     coarse = changed(page, "reconstruction", full)
     assert len(coarse) < len(full)
-    screenshot(page, f"{name}-scales.png", say)
+    screenshot(page, f"{name}-scales.png")
     strip = page.locator('img[alt^="the reconstructions"]')             # a click on the strip selects a scale
     box = strip.bounding_box()
     strip.click(position={"x": box["width"] * 0.35, "y": box["height"] / 3})
@@ -110,7 +100,7 @@ def use(page, tmp_path, name, say):
     expect(page.get_by_text("edits: 1")).to_be_visible()
     expect(page.get_by_text("FlipBit(scale=3, row=0, column=0, channel=0, image=0)")).to_be_visible()
     edited, flipped = changed(page, "reconstruction", before), changed(page, "bit planes", bits)
-    screenshot(page, f"{name}-flipped.png", say)
+    screenshot(page, f"{name}-flipped.png")
     page.get_by_role("button", name="undo").click()                     # undo brings back the identical picture
     expect(page.get_by_text("edits: 0")).to_be_visible()
     assert changed(page, "reconstruction", edited) == before and changed(page, "bit planes", flipped) == bits
@@ -120,7 +110,7 @@ def use(page, tmp_path, name, say):
     page.get_by_role("button", name="reset").click()
     expect(page.get_by_text("edits: 0")).to_be_visible()
     upload(page, tmp_path)
-    screenshot(page, f"{name}-upload.png", say)
+    screenshot(page, f"{name}-upload.png")
     save(page, tmp_path)
     measure(page)
 
@@ -170,7 +160,7 @@ def measure(page):
 
 
 @needs_browser
-def test_in_jupyterlab(page, tmp_path, say):
+def test_in_jupyterlab(page, tmp_path):
     (tmp_path / "nb").mkdir()
     shutil.copy(ROOT / "nbs" / "experiments" / "view.ipynb", tmp_path / "nb")
     cells = json.loads((tmp_path / "nb" / "view.ipynb").read_text())
@@ -190,7 +180,7 @@ def test_in_jupyterlab(page, tmp_path, say):
         page.wait_for_function("""async () => { const p = window.jupyterapp.shell.currentWidget;
             await p.sessionContext.ready; return !!p.sessionContext.session?.kernel }""")
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        use(page, tmp_path, "lab", say)
+        use(page, tmp_path, "lab")
 
 
 def answers(address):
@@ -206,13 +196,13 @@ def status(address):
 
 
 @needs_browser
-def test_as_a_page(page, tmp_path, say):
+def test_as_a_page(page, tmp_path):
     Image.new("RGB", (300, 300), "maroon").save(tmp_path / "maroon.png")
     (tmp_path / "secret.png").write_bytes((tmp_path / "maroon.png").read_bytes())
     with running([sys.executable, "-m", "bitvae.cli", "view", "--no-browser", "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]
         page.goto(address)
-        use(page, tmp_path, "page", say)
+        use(page, tmp_path, "page")
     with running([sys.executable, "-m", "bitvae.cli", "view", str(tmp_path / "maroon.png"), "--no-browser", "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]
         only_this_picture(page, address, tmp_path)
