@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'MAGIC', 'VERSION', 'ROOM', 'COMPRESSED',
-           'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'MODES', 'MOST', 'SMALLEST', 'WIDEST', 'TOKENS',
-           'ladder', 'extend', 'stretch', 'fitting', 'climbing', 'scale_schedule', 'BitsError', 'check_planes', 'Bits',
-           'prefix', 'select', 'equal', 'numbers', 'Reader', 'mode_of', 'write_schedule', 'read_schedule',
+           'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'MOST', 'SMALLEST', 'TURNS', 'TOKENS', 'MODES',
+           'ladder', 'extend', 'stretch', 'times', 'fitting', 'climbing', 'scale_schedule', 'BitsError', 'check_planes',
+           'Bits', 'prefix', 'select', 'equal', 'numbers', 'Reader', 'mode_of', 'write_schedule', 'read_schedule',
            'running_sums', 'check_widths', 'header_of', 'pack', 'Header', 'read_header', 'raw_planes', 'unpack',
            'known_coder', 'write_bits', 'read_bits']
 
@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -92,14 +93,18 @@ def stretch(
     return tuple(dict.fromkeys([(1, 1), *scaled[1:], (h, w)]))
 
 # %% ../nbs/01_bits.ipynb #65282a1e
+def times(a: int, b: int) -> Fraction:
+    "How many times the larger of two numbers is the smaller: exact, so that ties are ties on every machine."
+    return max(Fraction(a, b), Fraction(b, a))
+
+
 def fitting(
     candidates: list[Schedule],  # schedules that end elsewhere
     h: int,                      # tokens down
     w: int,                      # tokens across
 ) -> Schedule:  # ends at (h, w)
     "Stretch the candidate nearest in area; one that loses no scale goes before all that do."
-    distance = {c: abs(math.log(math.prod(c[-1]) / (h * w))) for c in candidates}
-    return stretch(min(candidates, key=lambda c: (len(stretch(c, h, w)) < len(c), distance[c])), h, w)
+    return stretch(min(candidates, key=lambda c: (len(stretch(c, h, w)) < len(c), times(math.prod(c[-1]), h * w))), h, w)
 
 # %% ../nbs/01_bits.ipynb #d944c527
 def climbing(
@@ -109,7 +114,7 @@ def climbing(
 ) -> Schedule:  # ends at (h, w)
     "The fitting prefix of the ladder nearest in shape."
     ladders = ladders + [tuple((b, a) for a, b in rungs) for rungs in ladders]
-    rungs = min(ladders, key=lambda r: abs(math.log(r[-1][0] / r[-1][1] * w / h)))
+    rungs = min(ladders, key=lambda r: times(r[-1][0] * w, r[-1][1] * h))
     rungs = extend(rungs, h * w)
     return fitting([rungs[:k] for k in range(1, len(rungs) + 1)], h, w)
 
@@ -227,6 +232,10 @@ def equal(a: Bits, b: Bits) -> bool:
 # %% ../nbs/01_bits.ipynb #e225e47f
 MAGIC, VERSION, ROOM = b"BVAE", 2, 64
 COMPRESSED, TOKENIZER, IMAGE, PREFIX, LATENT, SPELLED = (1 << i for i in range(6))
+MOST = 1 << 23    # bits of a compressed file, at most
+SMALLEST = 39     # bits that one bit of it can stand for, at most
+TURNS = 4096      # scales times bits per token of a compressed file, at most
+TOKENS = 1 << 20  # of a scale or a latent, at most
 MODES = ("dynamic", "dense", "original", "dense_f8", "half")
 
 
@@ -260,7 +269,7 @@ class Reader:
 def mode_of(schedule: Schedule) -> str | None:
     "The mode that gives this schedule, if any does."
     h, w = schedule[-1]
-    for mode in (*MODES, f"same{len(schedule)}"):
+    for mode in (*MODES, *([f"same{len(schedule)}"] if len(schedule) < 256 else [])):
         if mode == "half" and (h, w) not in LISTED["half"]: continue
         if scale_schedule(h, w, mode) == schedule: return mode
     return None
@@ -321,23 +330,18 @@ def pack(
     "Header and bits."
     planes = [p.cpu().numpy() for p in bits]
     payload, how = np.packbits(np.concatenate([p.ravel() for p in planes])).tobytes(), b""
-    if compress and bits.dim <= WIDEST:
+    if max(map(math.prod, (*bits.schedule, bits.latent_size))) > TOKENS: raise BitsError(f"a file takes scales of up to {TOKENS} tokens, not {max(bits.schedule)}")
+    if compress and bits.count * bits.batch <= MOST and bits.dim * len(bits) <= TURNS:
         coder = entropy.coder_for(bits.tokenizer, bits.dim)
         small = entropy.compress(planes, coder)
         mark = struct.pack("<I", 0 if coder.learns else coder.id) + numbers(len(small))
         if len(small) + len(mark) < len(payload): payload, how = small, mark
     head = header_of(bits, how)
-    widths = check_widths(len(bits), len(header_of(bits, b"")))
+    widths = check_widths(len(bits), len(head))
     head += b"".join(struct.pack("<I", crc)[:n] for crc, n in zip(running_sums(planes), widths, strict=True))
     return head + struct.pack("<I", zlib.crc32(head)) + payload
 
 # %% ../nbs/01_bits.ipynb #14caf8a8
-MOST = 1 << 27    # bits that a compressed file may claim
-SMALLEST = 39     # bits that one bit of it can stand for, at most
-WIDEST = 512      # bits per token of a compressed file, at most
-TOKENS = 1 << 20  # of a scale or a latent, at most
-
-
 class Header(NamedTuple):
     "What the start of a file says."
 
@@ -366,9 +370,9 @@ def read_header(data: bytes) -> Header:
     held = reader.number() if flags & PREFIX else len(schedule)
     latent, image = ((reader.number(), reader.number()) if flags & flag else None for flag in (LATENT, IMAGE))
     tokenizer, compressed = reader.take(8).hex() if flags & TOKENIZER else None, flags & COMPRESSED
-    used, shapes = reader.at, [(batch, h, w, dim) for h, w in schedule[:held]]
     coder = struct.unpack("<I", reader.take(4))[0] if compressed else None
-    length = reader.number() if compressed else -(-sum(map(math.prod, shapes)) // 8)
+    length = reader.number() if compressed else -(-sum(batch * h * w * dim for h, w in schedule[:held]) // 8)
+    used = reader.at
     sums = tuple(reader.take(n) for n in check_widths(held, used)) if 0 < held <= len(schedule) else ()
     if struct.unpack("<I", reader.take(4))[0] != zlib.crc32(data[: reader.at - 4]):
         raise BitsError("the header is damaged (its check sum differs): fetch or write the file again")
@@ -399,7 +403,7 @@ def unpack(
     whole, most = len(payload) == h.length, min(MOST, 8 * SMALLEST * (len(payload) + 8))
     if len(data) > h.end + h.length: raise BitsError(f"{len(data) - h.end - h.length} bytes follow the last scale: the file was not written by bitvae")
     if h.coder is None: found = raw_planes(payload, h.shapes)
-    elif claimed > (most if whole else MOST) or h.dim > WIDEST: raise BitsError(f"{len(payload)} bytes cannot hold the {claimed} bits that the header claims: the file was not written by bitvae")
+    elif claimed > (most if whole else MOST) or h.dim * h.held > TURNS: raise BitsError(f"{len(payload)} bytes cannot hold the {claimed} bits in {h.held} scales that the header claims: the file was not written by bitvae")
     else: found = islice(entropy.decompress(payload, h.shapes, known_coder(h)), sum(total <= most for total in accumulate(map(math.prod, h.shapes))))
     try:
         for crc, check in zip(running_sums(map(lambda p: seen.append(p) or p, found)), h.sums, strict=False):

@@ -29,7 +29,7 @@ from .data import write_list
 from .entropy import save_coder
 from .evaluation import add_arguments as add_evaluation, command_line, evaluate_from, table
 from .recipes import parse_setting
-from .tokenizer import CODER, BitVAE
+from .tokenizer import CODER, BitVAE, result_of_run
 from .tokens import add_arguments as add_tokenizing, read_manifest, tokenize_from, verify
 from .training import FORESEEN, Interrupted, ProcessesFailed, add_arguments, arguments_for, run_processes, torchrun, train_from
 from .viewer import serve
@@ -167,8 +167,10 @@ def decode_command(args: argparse.Namespace) -> None:
 
 def fit_coder_command(args: argparse.Namespace) -> None:
     "bitvae fit-coder"
-    file = Path(args.tokenizer) / CODER
-    if not file.parent.is_dir(): raise ValueError(f"{args.tokenizer} is no folder of a tokenizer: the coder is kept beside its weights")
+    folder = Path(args.tokenizer)
+    if not folder.is_dir(): raise ValueError(f"{args.tokenizer} is no folder of a tokenizer: the coder is kept beside its weights")
+    file = (folder if (folder / "model.safetensors").exists() else result_of_run(folder)) / CODER
+    if file.exists(): raise ValueError(f"{file} is there already, and files that it compressed need it: move it away if there are none")
     print(f"written: {save_coder(fit_coder(BitVAE.from_pretrained(args.tokenizer), args.images, args.count), file)}")
 
 # %% ../nbs/12_cli.ipynb #07864e30

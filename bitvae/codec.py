@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULE', 'FORMATS', 'encode_file', 'decode_file', 'describe_file', 'crops_as_bits', 'fit_coder', 'smallest_file']
 
-# %% ../nbs/10_codec.ipynb #9fed73a4
+# %% ../nbs/10_codec.ipynb #4beb5bb1
 import io
 import math
 import os
@@ -22,7 +22,7 @@ from .entropy import Coder, fit
 from .images import load_image, save_image
 from .tokenizer import BitVAE
 
-# %% ../nbs/10_codec.ipynb #fad9536e
+# %% ../nbs/10_codec.ipynb #b3f140bf
 def encode_file(
     tok: BitVAE,
     picture: str | os.PathLike,  # any file Pillow reads
@@ -49,7 +49,7 @@ def decode_file(
     if scales is not None and not 1 <= scales <= len(bits): raise ValueError(f"{file} holds {len(bits)} scales, not {scales}")
     return save_image(tok.decode(bits[:scales], force=force), picture)
 
-# %% ../nbs/10_codec.ipynb #ba42142e
+# %% ../nbs/10_codec.ipynb #32b0847a
 def describe_file(
     file: str | os.PathLike,
 ) -> str:
@@ -65,7 +65,7 @@ def describe_file(
              f"{bits:,} bits in {end:,} bytes, {how}" + (f"; cut short, {len(data):,} bytes are left" if len(data) < end else "")]  # fmt: skip
     return "\n".join([*lines, *([f"{8 * end / (head.batch * H * W):.4f} bits per pixel"] if H else []), f"tokenizer {head.tokenizer or 'not named'}"])
 
-# %% ../nbs/10_codec.ipynb #7dac8afb
+# %% ../nbs/10_codec.ipynb #d1499a3f
 RULE = CropRule(max_zoom=3, upscale=True)
 
 
@@ -93,7 +93,7 @@ def fit_coder(
     "Fit a coder to a tokenizer's bits; raises what `image_files` does."
     return fit(crops_as_bits(tok, images, count, sizes, seed), tok.fingerprint)
 
-# %% ../nbs/10_codec.ipynb #e5472214
+# %% ../nbs/10_codec.ipynb #5aa76470
 FORMATS = {"JPEG": {"optimize": True}, "WEBP": {"method": 6}, "AVIF": {"speed": 6}}
 
 

@@ -171,7 +171,8 @@ class Shards:
         if not self.urls: raise FileNotFoundError(f"no such shards: {' '.join(sources)}")
         for url in self.urls:
             if "://" not in url and not Path(url).is_file(): raise FileNotFoundError(f"no such shard: {url}")
-        self.fingerprint = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()[:16]
+        named = [url if "://" in url else f"{Path(url).name} {Path(url).stat().st_size}" for url in self.urls]
+        self.fingerprint = hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:16]
 
 # %% ../nbs/06_data.ipynb #2bf13206
 def stream(
@@ -213,7 +214,7 @@ def fingerprint(
 ) -> str:  # 16 hexadecimal digits for files: of their names and sizes, in order
     "Identify a data set."
     if hasattr(pictures, "fingerprint"): return pictures.fingerprint
-    return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in pictures).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in pictures).encode(errors="surrogateescape")).hexdigest()[:16]
 
 # %% ../nbs/06_data.ipynb #dfda2957
 class CropRule(NamedTuple):

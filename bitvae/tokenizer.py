@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from .architecture import Decoder, Encoder, group_norm, our_name
 from .bits import Bits, scale_schedule
-from .entropy import load_coder
+from .entropy import coder_for, load_coder, save_coder
 from .images import replacing
 from .quantizer import Change, MultiScaleBSQ, Quantized, latent_from_bits
 
@@ -146,10 +146,13 @@ class BitVAE(nn.Module):
 # %% ../nbs/04_tokenizer.ipynb #5dad2af9
 def fingerprint_of(tok: BitVAE) -> str:
     "16 hexadecimal digits that stand for the encoder's weights."
-    state = [(id(p), 0 if p.is_inference() else p._version) for p in tok.encoder.parameters()]
+    def content(w: Tensor) -> bytes: return w.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes()
+
+    ends = content(tok.encoder.conv_in.weight) + content(tok.encoder.conv_out.weight)  # no version tells of the steps of a fused optimizer; these do
+    state = [ends, *((id(p), 0 if p.is_inference() else p._version) for p in tok.encoder.parameters())]
     if getattr(tok, "_fingerprint", (None,))[0] != state:
         digest = hashlib.sha256()
-        for name, w in sorted(tok.encoder.state_dict().items()): digest.update(name.encode() + w.detach().float().cpu().contiguous().numpy().tobytes())
+        for name, w in sorted(tok.encoder.state_dict().items()): digest.update(name.encode() + content(w))
         tok._fingerprint = state, digest.hexdigest()[:16]
     return tok._fingerprint[1]
 
@@ -328,11 +331,13 @@ def save_tokenizer(
     tok: BitVAE,
     folder: str | os.PathLike,  # made if it is not there
 ) -> Path:
-    "Write config.json and model.safetensors."
+    "Write config.json and model.safetensors, and the coder that was fitted to it, if this process knows one."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files(tok).items():
         with replacing(folder / name) as part: part.write_bytes(content)
+    coder = coder_for(tok.fingerprint, tok.config.dim)
+    if not coder.learns: save_coder(coder, folder / CODER)
     return folder
 
 # %% ../nbs/04_tokenizer.ipynb #d525d89b

@@ -115,13 +115,27 @@ def test_huge_claims_take_no_memory(claims):
     from bitvae.bits import COMPRESSED, MAGIC, VERSION, check_widths, numbers
 
     head = MAGIC + bytes([VERSION, COMPRESSED if claims == "compressed" else 0]) + numbers(64, 10**9, 0, 1000, 1000)
-    used = len(head)
     if claims == "compressed": head += struct.pack("<I", 0) + numbers(2**34)
+    used = len(head)
     head += bytes(sum(check_widths(len(scale_schedule(1000, 1000)), used)))
     data = head + struct.pack("<I", zlib.crc32(head)) + bytes(50)
     run = subprocess.run([sys.executable, "-c", LIMITED, data.hex()], capture_output=True, text=True)
     said, grown = run.stdout.strip().splitlines()
     assert said != "read" and int(grown) < 50_000, run.stdout + run.stderr  # kB
+
+
+def test_many_scales_take_no_time():
+    import struct
+    import zlib
+
+    from bitvae.bits import COMPRESSED, MAGIC, SPELLED, VERSION, check_widths, numbers
+
+    for scales, d in ((255, 512), (4000, 1), (60, 64)):
+        head = MAGIC + bytes([VERSION, COMPRESSED | SPELLED]) + numbers(d, 1, scales, *[1, 1] * scales) + struct.pack("<I", 0) + numbers(4000)
+        head += bytes(sum(check_widths(scales, len(head))))
+        start = time.perf_counter()
+        with pytest.raises(BitsError): Bits.from_bytes(head + struct.pack("<I", zlib.crc32(head)) + bytes(4000))
+        print(scales, d, time.perf_counter() - start)
 
 
 def test_the_same_bytes_everywhere(tmp_path):
@@ -160,6 +174,7 @@ def test_command_line(tmp_path):
     assert bitvae("decode", bits, picture, "--tokenizer", other, "--force").returncode == 0
     run = bitvae("fit-coder", other, "--count", 8)
     assert run.returncode == 0, run.stderr
+    assert "there already" in bitvae("fit-coder", other).stderr
     assert bitvae("encode", cat, bits, "--tokenizer", other, "--size", 64).returncode == 0
     assert f"{BitVAE.from_pretrained(other).fingerprint}" in bitvae("info", bits).stdout
     Path(bits).write_bytes(b"BVAE and more")
