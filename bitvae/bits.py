@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'MAGIC', 'VERSION', 'ROOM', 'COMPRESSED',
-           'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'MOST', 'SMALLEST', 'TURNS', 'TOKENS', 'MODES',
-           'ladder', 'extend', 'stretch', 'times', 'fitting', 'climbing', 'scale_schedule', 'BitsError', 'check_planes',
-           'Bits', 'prefix', 'select', 'equal', 'numbers', 'Reader', 'mode_of', 'write_schedule', 'read_schedule',
-           'running_sums', 'check_widths', 'header_of', 'pack', 'Header', 'read_header', 'raw_planes', 'unpack',
-           'known_coder', 'write_bits', 'read_bits']
+           'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'MOST', 'SMALLEST', 'SCALES', 'TURNS', 'TOKENS',
+           'MODES', 'ladder', 'extend', 'stretch', 'times', 'fitting', 'climbing', 'scale_schedule', 'BitsError',
+           'check_planes', 'Bits', 'prefix', 'select', 'equal', 'numbers', 'Reader', 'mode_of', 'write_schedule',
+           'read_schedule', 'running_sums', 'check_widths', 'header_of', 'pack', 'Header', 'read_header', 'raw_planes',
+           'unpack', 'known_coder', 'write_bits', 'read_bits']
 
 # %% ../nbs/01_bits.ipynb #2f87e39e
 import math
@@ -234,6 +234,7 @@ MAGIC, VERSION, ROOM = b"BVAE", 2, 64
 COMPRESSED, TOKENIZER, IMAGE, PREFIX, LATENT, SPELLED = (1 << i for i in range(6))
 MOST = 1 << 23    # bits of a compressed file, at most
 SMALLEST = 39     # bits that one bit of it can stand for, at most
+SCALES = 64       # of a compressed file, at most
 TURNS = 4096      # scales times bits per token of a compressed file, at most
 TOKENS = 1 << 20  # of a scale or a latent, at most
 MODES = ("dynamic", "dense", "original", "dense_f8", "half")
@@ -331,7 +332,7 @@ def pack(
     planes = [p.cpu().numpy() for p in bits]
     payload, how = np.packbits(np.concatenate([p.ravel() for p in planes])).tobytes(), b""
     if max(map(math.prod, (*bits.schedule, bits.latent_size))) > TOKENS: raise BitsError(f"a file takes scales of up to {TOKENS} tokens, not {max(bits.schedule)}")
-    if compress and bits.count * bits.batch <= MOST and bits.dim * len(bits) <= TURNS:
+    if compress and bits.count * bits.batch <= MOST and bits.dim * len(bits) <= TURNS and len(bits) <= SCALES:
         coder = entropy.coder_for(bits.tokenizer, bits.dim)
         small = entropy.compress(planes, coder)
         mark = struct.pack("<I", 0 if coder.learns else coder.id) + numbers(len(small))
@@ -403,7 +404,7 @@ def unpack(
     whole, most = len(payload) == h.length, min(MOST, 8 * SMALLEST * (len(payload) + 8))
     if len(data) > h.end + h.length: raise BitsError(f"{len(data) - h.end - h.length} bytes follow the last scale: the file was not written by bitvae")
     if h.coder is None: found = raw_planes(payload, h.shapes)
-    elif claimed > (most if whole else MOST) or h.dim * h.held > TURNS: raise BitsError(f"{len(payload)} bytes cannot hold the {claimed} bits in {h.held} scales that the header claims: the file was not written by bitvae")
+    elif claimed > (most if whole else MOST) or h.dim * h.held > TURNS or h.held > SCALES: raise BitsError(f"{len(payload)} bytes cannot hold the {claimed} bits in {h.held} scales that the header claims: the file was not written by bitvae")
     else: found = islice(entropy.decompress(payload, h.shapes, known_coder(h)), sum(total <= most for total in accumulate(map(math.prod, h.shapes))))
     try:
         for crc, check in zip(running_sums(map(lambda p: seen.append(p) or p, found)), h.sums, strict=False):

@@ -130,12 +130,12 @@ def test_many_scales_take_no_time():
 
     from bitvae.bits import COMPRESSED, MAGIC, SPELLED, VERSION, check_widths, numbers
 
-    for scales, d in ((255, 512), (4000, 1), (60, 64)):
+    for scales, d in ((255, 512), (4000, 1), (64, 64)):
         head = MAGIC + bytes([VERSION, COMPRESSED | SPELLED]) + numbers(d, 1, scales, *[1, 1] * scales) + struct.pack("<I", 0) + numbers(4000)
         head += bytes(sum(check_widths(scales, len(head))))
         start = time.perf_counter()
         with pytest.raises(BitsError): Bits.from_bytes(head + struct.pack("<I", zlib.crc32(head)) + bytes(4000))
-        print(scales, d, time.perf_counter() - start)
+        assert time.perf_counter() - start < 10, (scales, d)  # unbounded it would take minutes
 
 
 def test_the_same_bytes_everywhere(tmp_path):
