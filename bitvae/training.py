@@ -377,9 +377,9 @@ def naming_causes(
         raise TrainingDiverged(f"step {t.done}: {e}; {kept}. Start in another folder with a lower lr or a longer warmup") from None
     except DataError as e:  # a loading process adds its traceback
         raise DataError(str(e).rpartition("DataError: ")[2].strip()) from e
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e): raise
-        raise DataError(f"step {t.done}: a process that loads images died ({str(e).splitlines()[0]}): most often for want of memory; resume with fewer workers") from e
+    except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: it died while it handed something over
+        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e): raise
+        raise DataError(f"step {t.done}: a process that loads images died ({(str(e).splitlines() or [type(e).__name__])[0]}): most often for want of memory; resume with fewer workers") from e
 
 # %% ../nbs/08_training.ipynb #22c4e7ed
 def time_left(
