@@ -8,7 +8,7 @@ __all__ = ['ONE', 'STEPS', 'LIMIT', 'NEXT', 'KINDS', 'BLOCK', 'BLOCKS', 'SLOW', 
            'decompress', 'examples', 'regress', 'fit', 'save_coder', 'load_coder', 'bundled_coder', 'coder_for',
            'coder_with']
 
-# %% ../nbs/00a_entropy.ipynb #cdfd2977
+# %% ../nbs/00a_entropy.ipynb #bd4b9282
 import math
 import os
 import zlib
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .images import replacing
 
-# %% ../nbs/00a_entropy.ipynb #f7693267
+# %% ../nbs/00a_entropy.ipynb #35acce56
 ONE = 1 << 16  # stands for 1 in weights, logits and probabilities
 STEPS = 64     # entries of the table per unit of the logit
 LIMIT = 4      # logits beyond are cut off: no bit costs less than 0.026 bits
@@ -48,7 +48,7 @@ def chances(
     "Look logits up in the table."
     return probabilities()[np.clip(np.floor(logits * (STEPS / ONE)) + LIMIT * STEPS, 0, 2 * LIMIT * STEPS - 1).astype(np.intp)]
 
-# %% ../nbs/00a_entropy.ipynb #2a5666f8
+# %% ../nbs/00a_entropy.ipynb #4e926eb6
 NEXT = ((0, 1), (2, 1), (1, 0), (1, 2))  # four neighbours, as places in a plane with a border
 
 
@@ -90,7 +90,7 @@ def halves(shape: tuple[int, ...]) -> list[np.ndarray]:
     color = np.broadcast_to((np.arange(h)[:, None] + np.arange(w)) % 2, (B, h, w)).ravel()
     return [np.flatnonzero(color == half) for half in (0, 1)]
 
-# %% ../nbs/00a_entropy.ipynb #d728a48e
+# %% ../nbs/00a_entropy.ipynb #637333c6
 KINDS = 14  # of scales
 
 
@@ -121,7 +121,7 @@ def blank(
     "A coder that knows nothing, and learns."
     return Coder(np.zeros((1, 2, dim, 9 * dim + 5)), learns=True)
 
-# %% ../nbs/00a_entropy.ipynb #4857408b
+# %% ../nbs/00a_entropy.ipynb #2a79a237
 BLOCK, BLOCKS, SLOW = 32, 16, 200  # tokens of a step of learning at least, most steps per half, and what the errors of a step are divided by
 
 
@@ -150,7 +150,7 @@ def walk(
         signs.append(plane)
         yield plane > 0
 
-# %% ../nbs/00a_entropy.ipynb #f8d4c01f
+# %% ../nbs/00a_entropy.ipynb #835da4f3
 def cost(
     planes: Sequence[np.ndarray],  # bool (B, h_k, w_k, d)
     coder: Coder,
@@ -194,7 +194,7 @@ def decompress(
 
     yield from walk(shapes, coder, turn)
 
-# %% ../nbs/00a_entropy.ipynb #40a8dfa2
+# %% ../nbs/00a_entropy.ipynb #d866f497
 ROWS = 60_000  # tokens of a kind and half that are used
 
 
@@ -211,7 +211,7 @@ def examples(
                 found.setdefault((kind_of(k, s.shape, signs[-1].shape), half), []).append([a[places].astype(np.int8) for a in (known, near, flat)])
     return {key: tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)) for key, rows in found.items()}
 
-# %% ../nbs/00a_entropy.ipynb #6e12b437
+# %% ../nbs/00a_entropy.ipynb #95123cf2
 def regress(
     known: np.ndarray,  # (n, 9 d + 5)
     near: np.ndarray,   # (n, 4, d)
@@ -236,7 +236,7 @@ def regress(
     optimizer.step(loss)
     return weights.detach().numpy()
 
-# %% ../nbs/00a_entropy.ipynb #5dbb09ff
+# %% ../nbs/00a_entropy.ipynb #da3dcad7
 def fit(
     batches: Iterable[Sequence[np.ndarray]],  # planes of several batches of pictures, the more the better
     tokenizer: str = "",                      # its fingerprint
@@ -250,7 +250,7 @@ def fit(
     for kind in set(range(1, KINDS)) - set(seen): weights[kind] = weights[min(seen, key=lambda s: abs(s - kind))]
     return Coder(weights, tokenizer=tokenizer)
 
-# %% ../nbs/00a_entropy.ipynb #10a68367
+# %% ../nbs/00a_entropy.ipynb #0c6e2aff
 KNOWN = []  # fitted coders that this process has met
 
 

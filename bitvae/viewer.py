@@ -6,7 +6,7 @@
 __all__ = ['LISTED', 'SIZES', 'UPLOAD', 'SourcePanel', 'Viewer', 'close_tree', 'snapshot', 'view', 'page_notebook',
            'page_settings', 'serve', 'announce', 'open_quietly']
 
-# %% ../nbs/11_viewer.ipynb #4f040848
+# %% ../nbs/11_viewer.ipynb #c8f67659
 import base64
 import io
 import json
@@ -39,7 +39,7 @@ try:
 except ImportError as e:  # `view` says so, and shows a figure
     W, MISSING = None, e.name
 
-# %% ../nbs/11_viewer.ipynb #1f7df4f1
+# %% ../nbs/11_viewer.ipynb #74535c93
 from .evaluation import plot_progressive as plot_progressive
 from .usage import plot_bit_usage as plot_bit_usage
 from .views import plot_bit_planes as plot_bit_planes
@@ -47,7 +47,7 @@ from .views import plot_rate_distortion as plot_rate_distortion
 from .views import plot_scale as plot_scale
 from .views import plot_sensitivity as plot_sensitivity
 
-# %% ../nbs/11_viewer.ipynb #346b545a
+# %% ../nbs/11_viewer.ipynb #b25f15fa
 LISTED = 40  # photographs in the list, at most
 SIZES = {"128": 128, "256": 256, "512": 512, "1024": 1024, "whole picture": 0}
 
@@ -115,7 +115,7 @@ class SourcePanel:
         self.quiet, self.tokenizer.value, self.size.value = True, tokenizer, size
         self.quiet = False
 
-# %% ../nbs/11_viewer.ipynb #467e00cc
+# %% ../nbs/11_viewer.ipynb #7d26a339
 class Viewer:
     "A picture's bits, scale by scale, to look at and to change."
 
@@ -195,14 +195,14 @@ class Viewer:
         still = side_by_side([Image.open(io.BytesIO(p.value)) for p in (self.pictures.original, self.pictures.picture, self.pictures.map)])
         return {"text/plain": describe(self.bench, self.desk.k), "image/png": base64.b64encode(png(still)).decode()} | self.box._repr_mimebundle_(**kwargs)
 
-# %% ../nbs/11_viewer.ipynb #0bf2c18f
+# %% ../nbs/11_viewer.ipynb #1574e19a
 def close_tree(widget: "W.Widget") -> None:
     "Close a widget and all that lie in it."
     for child in getattr(widget, "children", ()): close_tree(child)
     widget.unobserve_all()
     widget.close()
 
-# %% ../nbs/11_viewer.ipynb #fab658bf
+# %% ../nbs/11_viewer.ipynb #c45acd52
 def snapshot(
     bench: Workbench,
     k: int,  # scales looked at
@@ -223,7 +223,7 @@ def snapshot(
     plt.close(fig)
     return fig
 
-# %% ../nbs/11_viewer.ipynb #c29a126f
+# %% ../nbs/11_viewer.ipynb #d2a3219e
 def view(
     picture: str | os.PathLike | None = None,  # a file; None: a photograph of scikit-image
     tokenizer: str | os.PathLike = "demo",     # as for `BitVAE.from_pretrained`
@@ -237,7 +237,7 @@ def view(
     bench = Workbench(BitVAE.from_pretrained(tokenizer), picture_for(chosen.file, size))
     return snapshot(bench, bench.scales)
 
-# %% ../nbs/11_viewer.ipynb #860f77d8
+# %% ../nbs/11_viewer.ipynb #14f22dc3
 def page_notebook(
     picture: str | os.PathLike | None,
     tokenizer: str,
@@ -261,7 +261,7 @@ def page_settings(token: str) -> dict:
     return private | {"Voila": {"ip": "127.0.0.1", "token": token, "open_browser": False, "tornado_settings": {"websocket_max_message_size": UPLOAD}},
                       "VoilaConfiguration": {"file_allowlist": [], "show_tracebacks": False}, "MappingKernelManager": {"cull_idle_timeout": 1800, "cull_interval": 60}}  # fmt: skip
 
-# %% ../nbs/11_viewer.ipynb #ad520e4a
+# %% ../nbs/11_viewer.ipynb #2ecfacb7
 def serve(
     picture: str | os.PathLike | None = None,
     tokenizer: str = "demo",
@@ -281,7 +281,7 @@ def serve(
         command = [sys.executable, "-m", "voila", "view.ipynb", f"--port={port}", f"--Voila.config_file_paths={[folder]!r}"]
         announce(subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True), token, browser, Path(folder))
 
-# %% ../nbs/11_viewer.ipynb #b3c65fc8
+# %% ../nbs/11_viewer.ipynb #5cf6b3cc
 def announce(
     server: subprocess.Popen,  # Voila, its log as text
     token: str,
