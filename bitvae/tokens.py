@@ -7,7 +7,7 @@ __all__ = ['VERSION', 'Item', 'units_of', 'items_in', 'check_end', 'read_ahead',
            'tokenize', 'labels_for', 'put_together', 'read_manifest', 'verify', 'index_of', 'read_part', 'read_member',
            'Token', 'TokenDataset', 'collate', 'add_arguments', 'tokenize_from', 'main']
 
-# %% ../nbs/10e_tokens.ipynb #7f071e37
+# %% ../nbs/10e_tokens.ipynb #9a479b40
 import argparse
 import hashlib
 import io
@@ -36,7 +36,7 @@ from .evaluation import ranks, wait_for_all
 from .images import Encoded, load_image, replacing
 from .tokenizer import CODER, BitVAE
 
-# %% ../nbs/10e_tokens.ipynb #4c33512d
+# %% ../nbs/10e_tokens.ipynb #d30d0da3
 class Item(NamedTuple):
     "A picture to tokenize."
 
@@ -84,7 +84,7 @@ def check_end(url: str) -> None:
         f.seek(-min(1024, file.stat().st_size), os.SEEK_END)
         if f.read() != bytes(1024): raise DataError(f"{url} is cut short: it lacks the end of a tar file; fetch it again")
 
-# %% ../nbs/10e_tokens.ipynb #fe5a45f1
+# %% ../nbs/10e_tokens.ipynb #16fb94ea
 def read_ahead(
     items: Iterable[Item],
     size: int,      # side of the centre crop, pixels
@@ -106,7 +106,7 @@ def read_ahead(
             if len(ready) == batch: yield ready; ready = []
     if ready: yield ready
 
-# %% ../nbs/10e_tokens.ipynb #48cb9217
+# %% ../nbs/10e_tokens.ipynb #a6070714
 def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     "A member of nobody and no time."
     info = tarfile.TarInfo(name)
@@ -142,7 +142,7 @@ def write_shard(
     with replacing(file.with_suffix(".json")) as part: part.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
-# %% ../nbs/10e_tokens.ipynb #81e84f53
+# %% ../nbs/10e_tokens.ipynb #d9d3e5f9
 VERSION = 1  # of manifests
 
 
@@ -156,7 +156,7 @@ def check_job(folder: Path, job: dict) -> None:
         raise ValueError(f"{folder} holds shards made with other {', '.join(other)} (there {there.get(other[0])!r}, here {job[other[0]]!r}): choose another folder, or remove it")
     with replacing(file) as part: part.write_text(json.dumps(job, indent=1) + "\n")
 
-# %% ../nbs/10e_tokens.ipynb #322d4f96
+# %% ../nbs/10e_tokens.ipynb #73867adb
 def tokenize(
     tok: BitVAE,
     images: Source,               # see `open_source`: a folder, a list, tar shards, ...
@@ -178,24 +178,24 @@ def tokenize(
     if compress and not coder.learns: job["coder"] = coder.id
     lock = FileLock(folder / ".lock")
     if min(size, per_shard, batch, workers) < 1: raise ValueError(f"size, per_shard, batch and workers are at least 1, got {size}, {per_shard}, {batch}, {workers}")
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        try: lock.acquire(timeout=0)
-        except Timeout: raise ValueError(f"another run is at work in {folder}: wait for it, or choose another folder") from None
-        check_job(folder, job)
-        if job["coder"]: save_coder(coder, folder / CODER)  # whoever reads the bits needs it
-    wait_for_all()
-    units = units_of(pictures, named, per_shard)
-    names = [folder / f"shard-{i:06d}.tar" for i in range(len(units))]
-    mine = [i for i in range(rank, len(units), world) if not (names[i].exists() and names[i].with_suffix(".json").exists())]
-    with tqdm(total=None if isinstance(pictures, Shards) else sum(min(per_shard, len(pictures) - i * per_shard) for i in mine), desc="tokenize", unit="picture", disable=rank > 0) as bar:
-        for i in mine: write_shard(tok, units[i](), names[i], size, batch, workers, compress, bar.update)
-    wait_for_all()
-    manifest = put_together(folder, job, names) if rank == 0 else {}
-    lock.release()
-    return manifest
+    try:
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            check_job(folder, job)
+            if job["coder"]: save_coder(coder, folder / CODER)  # whoever reads the bits needs it
+        wait_for_all()
+        units = units_of(pictures, named, per_shard)
+        names = [folder / f"shard-{i:06d}.tar" for i in range(len(units))]
+        mine = [i for i in range(rank, len(units), world) if not (names[i].exists() and names[i].with_suffix(".json").exists())]
+        with tqdm(total=None if isinstance(pictures, Shards) else sum(min(per_shard, len(pictures) - i * per_shard) for i in mine), desc="tokenize", unit="picture", disable=rank > 0) as bar:
+            for i in mine: write_shard(tok, units[i](), names[i], size, batch, workers, compress, bar.update)
+        wait_for_all()
+        return put_together(folder, job, names) if rank == 0 else {}
+    except Timeout: raise ValueError(f"another run is at work in {folder}: wait for it, or choose another folder") from None
+    finally: lock.release()  # also where a notebook keeps what was raised
 
-# %% ../nbs/10e_tokens.ipynb #749afbcd
+# %% ../nbs/10e_tokens.ipynb #e973cace
 def labels_for(pictures: Pictures, images: Source, labels: str | os.PathLike | None) -> Sequence[str]:
     "A label per picture, or empty ones; tar shards carry their own."
     if isinstance(pictures, Shards) and labels: raise ValueError("tar shards carry their own labels, in KEY.cls")
@@ -215,7 +215,7 @@ def put_together(folder: Path, job: dict, names: Sequence[Path]) -> dict:
     with replacing(folder / "manifest.json") as part: part.write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
-# %% ../nbs/10e_tokens.ipynb #52065596
+# %% ../nbs/10e_tokens.ipynb #c1961ce4
 def read_manifest(folder: str | os.PathLike) -> dict:
     "The manifest of a data set; raises `FileNotFoundError` where tokenizing has not come to its end, or `ValueError`."
     file = Path(folder) / "manifest.json"
@@ -242,7 +242,7 @@ def verify(folder: str | os.PathLike) -> dict:
         keys |= {*found}
     return manifest
 
-# %% ../nbs/10e_tokens.ipynb #f7312cb8
+# %% ../nbs/10e_tokens.ipynb #9b13cd34
 def index_of(
     file: Path,  # a shard
 ) -> dict[str, tuple[int, int, int, int]]:  # by key: where the bits and the JSON begin, and how many bytes they have
@@ -271,7 +271,7 @@ def read_member(file: Path, start: int, length: int) -> Bits:
     try: return Bits.from_bytes(read_part(file, start, length))
     except BitsError as e: raise BitsError(f"{file} at byte {start}: {e}") from None
 
-# %% ../nbs/10e_tokens.ipynb #c06593fa
+# %% ../nbs/10e_tokens.ipynb #f31f397d
 class Token(NamedTuple):
     "One picture of a data set."
 
@@ -314,7 +314,7 @@ def collate(
     planes = [torch.cat(planes) for planes in zip(*(t.bits.planes for t in tokens), strict=True)]
     return Bits(planes, first.schedule, first.latent_size, first.image_size, first.tokenizer), torch.tensor([t.label for t in tokens])
 
-# %% ../nbs/10e_tokens.ipynb #1712795b
+# %% ../nbs/10e_tokens.ipynb #9fe30a52
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     "What can be said about tokenizing on a command line."
     parser.add_argument("tokenizer", help="a folder, a checkpoint, or a name such as demo")
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     except (ValueError, TypeError, OSError, ImportError) as e: print(f"bitvae: {e}", file=sys.stderr); return 1
     return 0
 
-# %% ../nbs/10e_tokens.ipynb #6b832104
+# %% ../nbs/10e_tokens.ipynb #0accd51e
 #| eval: false
 if __name__ == "__main__":
     from bitvae.tokens import main  # whose classes are those that other processes read
