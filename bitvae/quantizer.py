@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURE', 'COMMITMENT', 'ENTROPY', 'Change', 'codes', 'straight_through', 'binary_entropy', 'over_ranks',
-           'ScaleLoss', 'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'latent_from_bits',
-           'draw_kept', 'MultiScaleBSQ']
+           'ScaleLoss', 'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'scale_planes',
+           'spread', 'latent_from_bits', 'prefix_latents', 'draw_kept', 'MultiScaleBSQ']
 
 # %% ../nbs/02_quantizer.ipynb #fb5cb8f2
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bits import Bits, Size, scale_schedule
+from .bits import Bits, Schedule, Size, scale_schedule
 
 # %% ../nbs/02_quantizer.ipynb #ae30cacc
 def codes(
     positive: Tensor,  # bool, channels in dim 1: (B, d, ...)
 ) -> Tensor:  # the same shape, float32, each vector of length 1
     "The corner of the hypercube on the unit sphere that the bits name (BSQ, arXiv 2406.07548)."
-    return (positive.float() * 2 - 1) / math.sqrt(positive.shape[1])
+    a = 1 / math.sqrt(positive.shape[1])
+    return torch.where(positive, a, -a)
 
 # %% ../nbs/02_quantizer.ipynb #53d29df1
 def straight_through(
@@ -122,14 +124,41 @@ def residual_pyramid(
         vs.append(v); planes.append(plane)
     return out, vs, planes
 
+# %% ../nbs/02_quantizer.ipynb #978d9185
+def scale_planes(
+    z: Tensor,                # latent (B, d, h, w), float32
+    schedule: Sequence[Size], # the scales to use
+    change: Change | None = None,  # of the bits of each scale, which later scales correct
+) -> list[Tensor]:  # plane k: bool (B, h_k, w_k, d)
+    "The bit planes of `residual_pyramid` alone, without its gradient."
+    size, planes, r = tuple(z.shape[-2:]), [], z.clone(memory_format=torch.channels_last)
+    for k, scale in enumerate(schedule):
+        if planes: r -= enlarge(codes(rearrange(planes[-1], "B h w d -> B d h w")), size)
+        plane = rearrange(area_resize(r, scale) > 0, "B d h w -> B h w d")
+        planes.append(change(k, plane) if change else plane)
+    return planes
+
 # %% ../nbs/02_quantizer.ipynb #794a1e50
+def spread(bits: Bits) -> Iterator[Tensor]:  # of each scale (B, d, h, w), float32
+    "The codes of every plane held, enlarged."
+    for plane in bits:
+        q = codes(rearrange(plane, "B h w d -> B d h w"))
+        yield enlarge(q.contiguous(memory_format=torch.channels_last), bits.latent_size)  # one layout, as rounding may depend on it
+
+
 def latent_from_bits(
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # quantized latent (B, d, h, w), float32
     "Sum the enlarged codes of every plane held."
-    planes = (codes(rearrange(p, "B h w d -> B d h w")) for p in bits)
-    one_layout = torch.contiguous_format  # whatever the planes' own: rounding may depend on it
-    return sum(enlarge(q.clone(memory_format=one_layout), bits.latent_size) for q in planes)
+    first, *rest = spread(bits)
+    return sum(rest, first)
+
+
+def prefix_latents(
+    bits: Bits,
+) -> list[Tensor]:  # K quantized latents (B, d, h, w), float32
+    "`latent_from_bits` of the first scale, the first two, ..., all held."
+    return list(accumulate(spread(bits)))
 
 # %% ../nbs/02_quantizer.ipynb #cec7910c
 def draw_kept(
@@ -166,10 +195,7 @@ class MultiScaleBSQ(nn.Module):
         change: Change | None = None,        # of the bits of each kept scale, which later ones correct
     ) -> Quantized:
         "Quantize; raises `ValueError` for a latent of another width or a `keep` of another length."
-        if z.ndim != 4 or z.shape[1] != self.dim:
-            raise ValueError(f"the latent must be (B, {self.dim}, h, w), got {tuple(z.shape)}")
-        size = tuple(z.shape[-2:])
-        schedule = scale_schedule(*size, self.mode)
+        schedule, size = self.schedule(z), tuple(z.shape[-2:])
         if keep is None:
             keep = draw_kept(len(schedule), self.drop_rate, self.keep_last) if self.training else [True] * len(schedule)
         if len(keep) != len(schedule) or not any(keep):
@@ -179,5 +205,16 @@ class MultiScaleBSQ(nn.Module):
             out, vs, planes = residual_pyramid(z.float(), kept, self.detach_residual, change)
             losses = torch.stack([scale_loss(v).loss for v in vs]) if self.training else out.new_zeros(len(vs))
         return Quantized(out, Bits(planes, kept, size), losses)
+
+    def schedule(self, z: Tensor) -> Schedule:
+        "The scales for a latent; raises `ValueError` for one of another width."
+        if z.ndim != 4 or z.shape[1] != self.dim: raise ValueError(f"the latent must be (B, {self.dim}, h, w), got {tuple(z.shape)}")
+        return scale_schedule(*z.shape[-2:], self.mode)
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, change: Change | None = None) -> Bits:
+        "The bits of all scales of a latent (B, d, h, w), in training and eval mode alike."
+        schedule = self.schedule(z)
+        with torch.autocast(z.device.type, enabled=False): return Bits(scale_planes(z.float(), schedule, change), schedule)
 
     def extra_repr(self) -> str: return f"dim={self.dim}, mode={self.mode!r}, drop_rate={self.drop_rate}"

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'CODER', 'RELEASED', 'REPOSITORY', 'check_types', 'BitVAEConfig', 'config_from_dict', 'pad_to_stride',
-           'check_pictures', 'BitVAE', 'fingerprint_of', 'latent', 'quantize', 'encode', 'decode', 'CheckpointError',
-           'read_weights', 'tokenizer_weights', 'config_from_weights', 'short', 'build', 'bundled_tokenizer',
-           'weights_folder', 'fetch', 'tokenizer_files', 'save_tokenizer', 'read_config', 'inferred_config',
-           'result_of_run', 'load_tokenizer']
+           'check_pictures', 'BitVAE', 'fingerprint_of', 'through', 'latent', 'quantize', 'encode', 'check_bits',
+           'decode', 'decode_prefixes', 'CheckpointError', 'read_weights', 'tokenizer_weights', 'config_from_weights',
+           'short', 'build', 'bundled_tokenizer', 'weights_folder', 'fetch', 'tokenizer_files', 'save_tokenizer',
+           'read_config', 'inferred_config', 'result_of_run', 'load_tokenizer']
 
 # %% ../nbs/04_tokenizer.ipynb #2ca4567f
 import hashlib
 import json
+import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import UnionType
@@ -27,11 +29,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .architecture import Decoder, Encoder, group_norm, our_name
+from .architecture import Decoder, Encoder, Half, group_norm, our_name
 from .bits import Bits, scale_schedule
 from .entropy import coder_for, load_coder, save_coder
 from .images import replacing
-from .quantizer import Change, MultiScaleBSQ, Quantized, latent_from_bits
+from .pieces import by_rows, in_parts
+from .quantizer import Change, MultiScaleBSQ, Quantized, latent_from_bits, prefix_latents
 
 # %% ../nbs/04_tokenizer.ipynb #3cc9daf8
 def check_types(
@@ -99,9 +102,9 @@ def check_pictures(
     if not isinstance(x, Tensor): raise TypeError(f"pictures must be a tensor (B, 3, H, W) in [-1, 1], got {type(x).__name__}: load_image makes one of a file")
     if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(f"pictures must be floating point (B, 3, H, W) in [-1, 1], got {x.dtype} {tuple(x.shape)}")
-    if not torch.isfinite(x).all(): raise ValueError("pictures must lie in [-1, 1], these hold nan or infinite values")
-    if (peak := x.detach().abs().amax().item()) > 8:
-        raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
+    low, high = torch.stack(x.detach().aminmax()).tolist()
+    if not math.isfinite(high - low): raise ValueError("pictures must lie in [-1, 1], these hold nan or infinite values")
+    if (peak := max(-low, high)) > 8: raise ValueError(f"pictures must lie in [-1, 1], got values up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
 # %% ../nbs/04_tokenizer.ipynb #baf8f550
 class BitVAE(nn.Module):
@@ -122,13 +125,17 @@ class BitVAE(nn.Module):
         q = self.quantizer(z)
         return self.decoder(q.z.to(z.dtype)), z, q
 
-    def encode(self, x: Tensor, change: Change | None = None) -> Bits:
+    def encode(self, x: Tensor, change: Change | None = None, rows: int | None = None) -> Bits:
         "Pictures (B, 3, H, W) in [-1, 1] of any size to the bits of all scales, changed on the way or not."
-        return encode(self, x, change)
+        return encode(self, x, change, rows)
 
-    def decode(self, bits: Bits, clamp: bool = True, force: bool = False) -> Tensor:
+    def decode(self, bits: Bits, clamp: bool = True, force: bool = False, rows: int | None = None) -> Tensor:
         "Bits, all scales or a prefix, to pictures (B, 3, H, W) in [-1, 1]."
-        return decode(self, bits, clamp, force)
+        return decode(self, bits, clamp, force, rows)
+
+    def decode_prefixes(self, bits: Bits, clamp: bool = True, force: bool = False) -> Iterator[Tensor]:
+        "The pictures of the first scale, the first two, ..., all that the bits hold, coarse to fine."
+        return decode_prefixes(self, bits, clamp, force)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, mode: str | None = None) -> "BitVAE":
@@ -157,13 +164,27 @@ def fingerprint_of(tok: BitVAE) -> str:
     return tok._fingerprint[1]
 
 # %% ../nbs/04_tokenizer.ipynb #0202ce23
+def through(
+    tok: BitVAE,
+    net: Half,               # its encoder or decoder
+    x: Tensor,               # (B, ..., h, w)
+    pixels: int,             # of each picture
+    rows: int | None = None, # at a time; None: whole pictures
+) -> Tensor:
+    "Run a half of the tokenizer on a batch, without gradient."
+    activation = pixels * tok.config.channels * tok.config.multipliers[0] * tok.dtype.itemsize
+    with torch.inference_mode(): return in_parts(partial(by_rows, net, step=rows) if rows else net, x.to(tok.dtype), activation)
+
+
 def latent(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
+    rows: int | None = None,  # at a time, for pictures too large for memory; None: whole pictures
 ) -> Tensor:  # (B, d, h, w), where and of what type the weights are
     "What the encoder makes of pictures, before quantization; raises `ValueError` for what is no picture."
     check_pictures(x)
-    with torch.inference_mode(): z = tok.encoder(pad_to_stride(x.to(tok.device, tok.dtype), tok.config.stride))
+    x = pad_to_stride(x.to(tok.device), tok.config.stride)
+    z = through(tok, tok.encoder, x, x.shape[-2:].numel(), rows)
     if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
     return z
 
@@ -174,28 +195,23 @@ def quantize(
     change: Change | None = None,  # of the bits of each scale, which later scales correct
 ) -> Bits:
     "The bits of all scales of a latent, in training and eval mode alike."
-    keep = [True] * len(scale_schedule(*z.shape[-2:], tok.quantizer.mode))
-    with torch.inference_mode(): return tok.quantizer(z, keep, change).bits
+    with torch.inference_mode(): return tok.quantizer.encode(z, change)
 
 
 def encode(
     tok: BitVAE,
     x: Tensor,  # (B, 3, H, W) in [-1, 1], any size, dtype and device
     change: Change | None = None,  # see `quantize`
+    rows: int | None = None,       # see `latent`
 ) -> Bits:
     "The bits of all scales, in training and eval mode alike; raises `ValueError` for what is no picture."
-    bits = quantize(tok, latent(tok, x), change)
+    bits = quantize(tok, latent(tok, x, rows), change)
     planes = tuple(p.to(x.device, copy=True) for p in bits)  # ordinary tensors again, which may be edited and trained on
     return replace(bits, planes=planes, image_size=tuple(x.shape[-2:]), tokenizer=tok.fingerprint)
 
 # %% ../nbs/04_tokenizer.ipynb #1c0413a6
-def decode(
-    tok: BitVAE,
-    bits: Bits,  # all scales or a prefix
-    clamp: bool = True,  # to [-1, 1]; False: as the decoder gives it, which metrics may want to see
-    force: bool = False, # decode bits that another tokenizer made
-) -> Tensor:  # (B, 3, H, W), on the device of the bits
-    "The picture that the bits, or their first scales, describe; raises `ValueError` for bits of another width or tokenizer."
+def check_bits(tok: BitVAE, bits: Bits, force: bool) -> tuple[int, int]:  # (H, W) of the pictures
+    "Raise `ValueError` for bits of another width, stride or, unless forced, tokenizer."
     if not isinstance(bits, Bits): raise TypeError(f"decode takes Bits, as encode or Bits.load give them, got {type(bits).__name__}")
     if bits.dim != tok.config.dim:
         raise ValueError(f"these bits have {bits.dim} per token, this tokenizer {tok.config.dim}: they come from another one")
@@ -205,9 +221,35 @@ def decode(
         raise ValueError(f"{h}x{w} tokens do not describe {H}x{W} pixels at stride {f}: the bits come from another tokenizer")
     if bits.tokenizer not in (None, tok.fingerprint) and not force:
         raise ValueError(f"these bits were made by tokenizer {bits.tokenizer}, this one is {tok.fingerprint}: load that one, or pass force=True")
-    with torch.inference_mode():
-        y = tok.decoder(latent_from_bits(bits.to(tok.device)).to(tok.dtype))
-    return (y.clamp(-1, 1) if clamp else y)[..., :H, :W].to(bits.device, copy=True)
+    return H, W
+
+
+def decode(
+    tok: BitVAE,
+    bits: Bits,  # all scales or a prefix
+    clamp: bool = True,  # to [-1, 1]; False: as the decoder gives it, which metrics may want to see
+    force: bool = False, # decode bits that another tokenizer made
+    rows: int | None = None,  # at a time, for pictures too large for memory; None: whole pictures
+) -> Tensor:  # (B, 3, H, W), on the device of the bits
+    "The picture that the bits, or their first scales, describe; raises what `check_bits` does."
+    H, W = check_bits(tok, bits, force)
+    z = latent_from_bits(bits.to(tok.device))
+    y = through(tok, tok.decoder, z, H * W, rows)[..., :H, :W]
+    return (y.clamp(-1, 1) if clamp else y).to(bits.device, copy=True, memory_format=torch.contiguous_format)
+
+
+def decode_prefixes(
+    tok: BitVAE,
+    bits: Bits,
+    clamp: bool = True,   # see `decode`
+    force: bool = False,
+) -> Iterator[Tensor]:  # K times (B, 3, H, W), on the device of the bits
+    "`decode` of the first scale, the first two, ..., all held, some of them together; raises what `check_bits` does."
+    H, W = check_bits(tok, bits, force)
+    latents, together = prefix_latents(bits.to(tok.device)), max(1, 16 // bits.batch)
+    for k in range(0, len(latents), together):
+        y = through(tok, tok.decoder, torch.cat(latents[k : k + together]), H * W)[..., :H, :W]
+        for p in (y.clamp(-1, 1) if clamp else y).split(bits.batch): yield p.to(bits.device, copy=True, memory_format=torch.contiguous_format)
 
 # %% ../nbs/04_tokenizer.ipynb #bdbe93bf
 class CheckpointError(ValueError):
