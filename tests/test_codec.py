@@ -17,16 +17,18 @@ from bitvae.entropy import coder_for
 from bitvae.images import held_out_photographs
 
 TRIALS = int(os.environ.get("BITVAE_TRIALS", 1000))
-MODES = ("dynamic", "dense", "original", "half", "dense_f8", "same1", "same2", "same3")
+MODES = ("dynamic", "dense", "original", "half", "dense_f8", "same1", "same2", "same3", "dynamic_x2", "dense_x2", "half_x2", "same2_x2")
 DEMO = BitVAE.from_pretrained("demo").fingerprint
 
 
 def random_bits(rng, most=3000):
-    "Bits of any width, schedule and batch, up to so many in all."
+    "Bits of any width, schedule and batch, all scales of it or some, up to so many in all."
     while True:
         mode, h, w, d, B = MODES[rng.integers(len(MODES))], *(int(2 ** rng.uniform(0, 6.1)) for _ in range(2)), int(2 ** rng.uniform(0, 6.5)), int(2 ** rng.uniform(0, 4))
-        h, w = (16, 16) if mode == "half" else (h, w)
+        h, w = (16, 16) if mode.startswith("half") else (h, w)
+        h, w = (2 * h, 2 * w) if mode.endswith("_x2") else (h, w)
         schedule = scale_schedule(h, w, mode)
+        if rng.random() < 0.2: schedule = tuple(size for size in schedule[:-1] if rng.random() < 0.5) + schedule[-1:]
         if B * d * sum(a * b for a, b in schedule) <= most: break
     share, held = rng.choice([0.5, 0.5, 0.9, 1.0]), rng.integers(1, len(schedule) + 1) if rng.random() < 0.3 else len(schedule)
     planes = [torch.from_numpy(rng.random((B, a, b, d)) < share) for a, b in schedule[:held]]
