@@ -302,7 +302,7 @@ def named(
     kept = {key: [size in schedule for size in scales] for key, scales in full.items()}
     return next((Named(*key, np.packbits(kept[key]).tobytes()) for key in full if tuple(kept_ones(full[key], kept[key])) == schedule), None)
 
-
+# %% ../nbs/01_bits.ipynb #6d7e8f94
 def write_schedule(schedule: Schedule, latent: Size) -> tuple[int, bytes]:
     "Flags and bytes: mode and size, or all sizes."
     if not (name := named(schedule, latent)): return SPELLED, numbers(len(schedule), *(n for size in schedule for n in size))
