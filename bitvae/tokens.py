@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'READERS', 'FORMS', 'Item', 'units_of', 'items_in', 'check_end', 'Picture', 'read_picture', 'read_ahead',
-           'Sample', 'samples_of', 'add_file', 'write_tar', 'Token', 'index_tar', 'read_part', 'read_tar', 'in_order',
-           'row_bytes', 'write_rows', 'opened_rows', 'index_rows', 'read_row', 'index_of', 'read_token', 'checksum',
-           'write_shard', 'check_options', 'check_job', 'tokenize', 'labels_for', 'put_together', 'read_manifest',
-           'verify', 'TokenDataset', 'collate', 'add_arguments', 'tokenize_from', 'main']
+           'Sample', 'samples_of', 'add_file', 'write_tar', 'Token', 'index_tar', 'read_part', 'read_tar',
+           'sort_header', 'row_bytes', 'write_rows', 'opened_rows', 'index_rows', 'read_row', 'index_of', 'read_token',
+           'checksum', 'write_shard', 'check_options', 'check_job', 'tokenize', 'labels_for', 'put_together',
+           'read_manifest', 'verify', 'TokenDataset', 'collate', 'add_arguments', 'tokenize_from', 'main']
 
 # %% ../nbs/10e_tokens.ipynb #9a479b40
 import argparse
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -231,12 +231,13 @@ def read_tar(
     except (ValueError, KeyError, TypeError, EOFError) as e: raise BitsError(f"{file}: {key} is damaged ({e}): remove the file and tokenize again") from e
 
 # %% ../nbs/10e_tokens.ipynb #b8e7dac9
-def in_order(data: bytes) -> list[bytes]:
-    "A safetensors file in parts, its header sorted."
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return [len(header).to_bytes(8, "little"), header, memoryview(data)[end:]]
+def sort_header(file: Path) -> None:
+    "Put what a safetensors file says of itself in order, in place."
+    with open(file, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.dumps(json.loads(f.read(length)), sort_keys=True, separators=(",", ":")).encode()
+        f.seek(8)
+        f.write(header.ljust(length))
 
 
 def row_bytes(schedule: Sequence[Size], dim: int) -> int:
@@ -260,10 +261,12 @@ def write_rows(
     tensors = {"bits": torch.from_numpy(np.stack([*rows, np.zeros(row_bytes(schedule, dim), np.uint8)])[:-1]),  # of no pictures, too
                "labels": torch.tensor([int(fact["label"] or -1) for fact in facts], dtype=torch.int64)}  # fmt: skip
     if latents: tensors["latents"] = torch.cat(latents)
+    del rows, latents  # what is stacked
     lists = {"keys": keys, "names": [fact["name"] for fact in facts], "sizes": [fact["size"] for fact in facts],
              "schedule": schedule, "latent_size": (side, side), "image_size": (size, size)}  # fmt: skip
     text = {name: json.dumps(value) for name, value in lists.items()} | {"dim": str(dim), "tokenizer": tok.fingerprint, "version": str(VERSION)}
-    with open(file, "wb") as f: f.writelines(in_order(save(tensors, text)))
+    save_file(tensors, file, text)
+    sort_header(file)
     return len(keys)
 
 # %% ../nbs/10e_tokens.ipynb #c9d8ebfa
