@@ -228,7 +228,7 @@ def read_tar(
     try:
         label, array = json.loads(parts["json"])["label"], np.load(io.BytesIO(parts["npy"])) if "npy" in parts else None
         return Token(Bits.from_bytes(parts["bits"]), int(label) if label else -1, key, None if array is None else torch.from_numpy(array)[None])
-    except (ValueError, KeyError, TypeError, EOFError) as e: raise BitsError(f"{file}: {key} is damaged ({e}): remove the file and tokenize again") from e
+    except (ValueError, KeyError, TypeError, EOFError) as e: raise BitsError(f"{file}: {key} cannot be read ({e}): remove the file and tokenize again") from e
 
 # %% ../nbs/10e_tokens.ipynb #b8e7dac9
 def sort_header(file: Path) -> None:

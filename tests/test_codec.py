@@ -63,6 +63,8 @@ def files():
     "Files of real bits, raw and compressed, and what they hold."
     tok = BitVAE.from_pretrained("demo")
     made = [tok.encode(load_image(f, size)) for f, size in zip(held_out_photographs(), (64, 128, 96, 256, 64, 64), strict=True)]
+    even = BitVAE.from_pretrained("demo", "dense_x2").encode(load_image(held_out_photographs()[0], 128))
+    made += [even, Bits(even.planes[1::2], even.schedule[1::2], even.latent_size, even.image_size, even.tokenizer)]  # some scales, too
     return [(b.to_bytes(compress), b) for b in made for compress in (False, True)]
 
 
@@ -124,6 +126,23 @@ def test_huge_claims_take_no_memory(claims):
     run = subprocess.run([sys.executable, "-c", LIMITED, data.hex()], capture_output=True, text=True)
     said, grown = run.stdout.strip().splitlines()
     assert said != "read" and int(grown) < 50_000, run.stdout + run.stderr  # kB
+
+
+def test_flags_that_contradict_are_refused():
+    import struct
+    import zlib
+
+    from bitvae.bits import DOUBLED, MAGIC, SOME, SPELLED, VERSION, check_widths, numbers
+
+    for flags, schedule, message in ((SPELLED, numbers(1, 4, 4), None), (SPELLED | DOUBLED, numbers(1, 4, 4), "describes no bits"), (SPELLED | SOME, numbers(1, 4, 4), "describes no bits"),
+                                     (SOME, numbers(0, 4, 4) + b"\x20", None), (SOME, numbers(0, 4, 4) + b"\x00", "check sum"), (DOUBLED, numbers(0, 5, 4), "names no schedule")):  # fmt: skip
+        head = MAGIC + bytes([VERSION, flags]) + numbers(1, 1) + schedule
+        head += struct.pack("<I", zlib.crc32(bytes(2)))
+        data = head + struct.pack("<I", zlib.crc32(head)) + bytes(2)
+        assert check_widths(1, len(head) - 4) == [4]
+        if message is None: assert Bits.from_bytes(data).schedule == ((4, 4),)
+        else:
+            with pytest.raises(BitsError, match=message): Bits.from_bytes(data)
 
 
 def test_many_scales_take_no_time():
