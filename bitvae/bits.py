@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'MAGIC', 'VERSION', 'ROOM', 'COMPRESSED',
-           'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'MOST', 'SMALLEST', 'SCALES', 'TURNS', 'TOKENS',
-           'MODES', 'ladder', 'extend', 'stretch', 'times', 'fitting', 'climbing', 'scale_schedule', 'BitsError',
-           'check_planes', 'Bits', 'prefix', 'select', 'equal', 'numbers', 'Reader', 'mode_of', 'write_schedule',
-           'read_schedule', 'running_sums', 'check_widths', 'header_of', 'pack', 'Header', 'read_header', 'raw_planes',
-           'unpack', 'known_coder', 'write_bits', 'read_bits']
+           'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'DOUBLED', 'SOME', 'MOST', 'SMALLEST', 'SCALES',
+           'TURNS', 'TOKENS', 'MODES', 'ladder', 'extend', 'stretch', 'times', 'fitting', 'climbing', 'scale_schedule',
+           'doubled', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select', 'equal', 'numbers', 'Reader', 'Named',
+           'named', 'write_schedule', 'read_schedule', 'running_sums', 'check_widths', 'header_of', 'pack', 'Header',
+           'read_header', 'raw_planes', 'unpack', 'known_coder', 'write_bits', 'read_bits']
 
 # %% ../nbs/01_bits.ipynb #2f87e39e
 import math
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
-from itertools import accumulate, islice
+from itertools import accumulate, compress as kept_ones, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,22 +122,34 @@ def climbing(
 def scale_schedule(
     h: int,                # tokens down: image height / stride
     w: int,                # tokens across: image width / stride
-    mode: str = "dynamic", # "dynamic", "dense", "original", "dense_f8", "half", or "same1", "same2", ...
+    mode: str = "dynamic", # "dynamic", "dense", "original", "dense_f8", "half", or "same1", "same2", ...; with "_x2" for even sides
 ) -> Schedule:  # ((h_1, w_1), ..., (h_K, w_K)), coarse to fine
     "The sizes at which a latent of (h, w) tokens is quantized; raises `ValueError` for a mode or size it cannot serve."
     if not all(isinstance(n, int | np.integer) and n >= 1 for n in (h, w)):
         raise ValueError(f"mode {mode!r} serves whole numbers of tokens from 1x1 up, not {h}x{w}")
     h, w = int(h), int(w)
+    if str(mode).count("_x2") == 1 and mode.endswith("_x2"): return doubled(h, w, mode)
     if same := re.fullmatch(r"same([1-9]\d*)", str(mode)):
         return ((h, w),) * int(same[1])
     if mode not in LISTED:
-        raise ValueError(f"unknown mode {mode!r}: one of {', '.join(LISTED)}, same1, same2, ...")
+        raise ValueError(f"unknown mode {mode!r}: one of {', '.join(LISTED)}, same1, same2, ..., each also with _x2 at its end")
     if (h, w) in LISTED[mode]:
         return LISTED[mode][h, w]
     if mode == "half":
         raise ValueError(f"mode 'half' serves only {', '.join(f'{a}x{b}' for a, b in LISTED['half'])} tokens, not {h}x{w}")
     if mode == "original": return fitting(list(ORIGINAL.values()), h, w)
     return climbing(DYNAMIC if mode == "dynamic" else [DENSE], h, w)
+
+
+def doubled(
+    h: int,     # tokens down, even
+    w: int,     # tokens across, even
+    mode: str,  # ends in "_x2"
+) -> Schedule:  # only even sides
+    "The schedule of half the size with every side doubled; raises `ValueError` for odd sizes."
+    half = mode.removesuffix("_x2")
+    if h % 2 or w % 2: raise ValueError(f"mode {mode!r} serves even numbers of tokens, not {h}x{w}: crop the picture to sides of an even number of tokens, or use mode {half!r}")
+    return tuple((2 * a, 2 * b) for a, b in scale_schedule(h // 2, w // 2, half))
 
 # %% ../nbs/01_bits.ipynb #06ad5605
 class BitsError(ValueError):
@@ -231,7 +243,7 @@ def equal(a: Bits, b: Bits) -> bool:
 
 # %% ../nbs/01_bits.ipynb #e225e47f
 MAGIC, VERSION, ROOM = b"BVAE", 2, 64
-COMPRESSED, TOKENIZER, IMAGE, PREFIX, LATENT, SPELLED = (1 << i for i in range(6))
+COMPRESSED, TOKENIZER, IMAGE, PREFIX, LATENT, SPELLED, DOUBLED, SOME = (1 << i for i in range(8))
 MOST = 1 << 23    # bits of a compressed file, at most
 SMALLEST = 39     # bits that one bit of it can stand for, at most
 SCALES = 64       # of a compressed file, at most
@@ -266,30 +278,49 @@ class Reader:
         raise BitsError("a number in the header has no end: the file was not written by bitvae")
 
 # %% ../nbs/01_bits.ipynb #d2d24767
+class Named(NamedTuple):
+    "A schedule as a mode's, at a size, or as some scales of it."
+
+    mode: str
+    size: Size
+    kept: bytes = b""  # a bit for each scale; empty: all are there
+
+
 @cache
-def mode_of(schedule: Schedule) -> str | None:
-    "The mode that gives this schedule, if any does."
-    h, w = schedule[-1]
-    for mode in (*MODES, *([f"same{len(schedule)}"] if len(schedule) < 256 else [])):
-        if mode == "half" and (h, w) not in LISTED["half"]: continue
-        if scale_schedule(h, w, mode) == schedule: return mode
-    return None
+def named(
+    schedule: Schedule,
+    latent: Size,  # (h, w)
+) -> Named | None:
+    "The mode that gives this schedule, else one that has all its scales, if any does."
+    modes = (*MODES, *([f"same{len(schedule)}"] if len(schedule) < 256 else []))
+    full = {}
+    for size in dict.fromkeys((schedule[-1], latent)):
+        for mode in (*modes, *(f"{mode}_x2" for mode in modes)):
+            try: full[mode, size] = scale_schedule(*size, mode)
+            except ValueError: continue  # a size that this mode does not serve
+            if full[mode, size] == schedule: return Named(mode, size)
+    kept = {key: [size in schedule for size in scales] for key, scales in full.items()}
+    return next((Named(*key, np.packbits(kept[key]).tobytes()) for key in full if tuple(kept_ones(full[key], kept[key])) == schedule), None)
+
+# %% ../nbs/01_bits.ipynb #6d7e8f94
+def write_schedule(schedule: Schedule, latent: Size) -> tuple[int, bytes]:
+    "Flags and bytes: mode and size, or all sizes."
+    if not (name := named(schedule, latent)): return SPELLED, numbers(len(schedule), *(n for size in schedule for n in size))
+    base = name.mode.removesuffix("_x2")
+    flags = (DOUBLED if base != name.mode else 0) | (SOME if name.kept else 0)
+    return flags, numbers(MODES.index(base) if base in MODES else len(MODES) - 1 + int(base[4:]), *name.size) + name.kept
 
 
-def write_schedule(schedule: Schedule) -> bytes:
-    "Mode and size, or all sizes."
-    if not (mode := mode_of(schedule)): return numbers(len(schedule), *(n for size in schedule for n in size))
-    return numbers(MODES.index(mode) if mode in MODES else len(MODES) - 1 + len(schedule), *schedule[-1])
-
-
-def read_schedule(reader: Reader, spelled: bool) -> Schedule:
+def read_schedule(reader: Reader, flags: int) -> Schedule:
     "What `write_schedule` wrote; raises `BitsError`."
     first = reader.number()
-    if spelled: return tuple((reader.number(), reader.number()) for _ in range(first))
+    if flags & SPELLED: return tuple((reader.number(), reader.number()) for _ in range(first))
     h, w, same = reader.number(), reader.number(), first + 1 - len(MODES)
     if same > 255 or max(h, w) > 1 << 16: raise BitsError(f"no schedule {first} of {h}x{w}: the file was not written by bitvae")
-    try: return scale_schedule(h, w, f"same{same}" if same > 0 else MODES[first])
+    mode = (f"same{same}" if same > 0 else MODES[first]) + ("_x2" if flags & DOUBLED else "")
+    try: full = scale_schedule(h, w, mode)
     except ValueError as e: raise BitsError(f"the header names no schedule: {e}") from None
+    return tuple(kept_ones(full, np.unpackbits(np.frombuffer(reader.take(-(-len(full) // 8)), np.uint8)))) if flags & SOME else full
 
 # %% ../nbs/01_bits.ipynb #440e3747
 def running_sums(
@@ -319,8 +350,9 @@ def header_of(bits: Bits, compressed: bytes) -> bytes:
     "The header up to the check sums; `compressed` is the coder's id and the length, or empty."
     facts = {COMPRESSED: compressed, TOKENIZER: bytes.fromhex(bits.tokenizer or ""), IMAGE: numbers(*(bits.image_size or ())),
              PREFIX: numbers(len(bits)) if len(bits) < len(bits.schedule) else b"", LATENT: numbers(*bits.latent_size) if bits.latent_size != bits.schedule[-1] else b""}  # fmt: skip
-    flags = sum(flag for flag, value in facts.items() if value) | (0 if mode_of(bits.schedule) else SPELLED)
-    start = MAGIC + bytes([VERSION, flags]) + numbers(bits.dim, bits.batch) + write_schedule(bits.schedule)
+    named_by, schedule = write_schedule(bits.schedule, bits.latent_size)
+    flags = sum(flag for flag, value in facts.items() if value) | named_by
+    start = MAGIC + bytes([VERSION, flags]) + numbers(bits.dim, bits.batch) + schedule
     return start + b"".join(facts[flag] for flag in (PREFIX, LATENT, IMAGE, TOKENIZER, COMPRESSED))
 
 
@@ -331,7 +363,8 @@ def pack(
     "Header and bits."
     planes = [p.cpu().numpy() for p in bits]
     payload, how = np.packbits(np.concatenate([p.ravel() for p in planes])).tobytes(), b""
-    if max(map(math.prod, (*bits.schedule, bits.latent_size))) > TOKENS: raise BitsError(f"a file takes scales of up to {TOKENS} tokens, not {max(bits.schedule)}")
+    tokens = [math.prod(size) for size in (*bits.schedule, bits.latent_size)]
+    if min(tokens) < 1 or max(tokens) > TOKENS: raise BitsError(f"a file takes scales of 1 to {TOKENS} tokens, not {min(bits.schedule)} to {max(bits.schedule)}")
     if compress and bits.count * bits.batch <= MOST and bits.dim * len(bits) <= TURNS and len(bits) <= SCALES:
         coder = entropy.coder_for(bits.tokenizer, bits.dim)
         small = entropy.compress(planes, coder)
@@ -367,7 +400,7 @@ def read_header(data: bytes) -> Header:
     if bytes(data[:4]) != MAGIC: raise BitsError("these bytes are not a bits file: they do not start with BVAE")
     _, version, flags = reader.take(4), *reader.take(2)
     if version != VERSION: raise BitsError(f"bits file of version {version}; this program reads version {VERSION}: update bitvae, or write the file again")
-    dim, batch, schedule = reader.number(), reader.number(), read_schedule(reader, bool(flags & SPELLED))
+    dim, batch, schedule = reader.number(), reader.number(), read_schedule(reader, flags)
     held = reader.number() if flags & PREFIX else len(schedule)
     latent, image = ((reader.number(), reader.number()) if flags & flag else None for flag in (LATENT, IMAGE))
     tokenizer, compressed = reader.take(8).hex() if flags & TOKENIZER else None, flags & COMPRESSED
@@ -378,7 +411,7 @@ def read_header(data: bytes) -> Header:
     if struct.unpack("<I", reader.take(4))[0] != zlib.crc32(data[: reader.at - 4]):
         raise BitsError("the header is damaged (its check sum differs): fetch or write the file again")
     sizes = (*schedule, latent or (1, 1))
-    if not sums or flags >= 2 * SPELLED or min(dim, batch, *(min(size) for size in sizes), *(image or ())) < 1 or max(map(math.prod, sizes)) > TOKENS:
+    if not sums or flags & SPELLED and flags >= DOUBLED or min(dim, batch, *(min(size) for size in sizes), *(image or ())) < 1 or max(map(math.prod, sizes)) > TOKENS:
         raise BitsError("the header describes no bits: the file was not written by bitvae")
     return Header(dim, batch, schedule, held, latent or schedule[-1], image, tokenizer, coder, length, sums, reader.at)
 

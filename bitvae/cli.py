@@ -177,8 +177,9 @@ def fit_coder_command(args: argparse.Namespace) -> None:
 def tokenize_command(args: argparse.Namespace) -> None:
     "bitvae tokenize"
     if args.processes > 1:
-        options = {name.replace("_", "-"): value for name, value in vars(args).items() if name not in ("does", "debug", "processes", "tokenizer", "compress")}
-        run_processes(torchrun(args.processes, module="bitvae.tokens") + command_line(args.tokenizer, **options) + ["--compress"] * args.compress)
+        switches = ("compress", "latents")
+        options = {name.replace("_", "-"): value for name, value in vars(args).items() if name not in ("does", "debug", "processes", "tokenizer", *switches)}
+        run_processes(torchrun(args.processes, module="bitvae.tokens") + command_line(args.tokenizer, **options) + [f"--{name}" for name in switches if getattr(args, name)])
         made = read_manifest(args.folder)
     else: made = tokenize_from(args)
     for shard in made["shards"]:

@@ -17,16 +17,18 @@ from bitvae.entropy import coder_for
 from bitvae.images import held_out_photographs
 
 TRIALS = int(os.environ.get("BITVAE_TRIALS", 1000))
-MODES = ("dynamic", "dense", "original", "half", "dense_f8", "same1", "same2", "same3")
+MODES = ("dynamic", "dense", "original", "half", "dense_f8", "same1", "same2", "same3", "dynamic_x2", "dense_x2", "half_x2", "same2_x2")
 DEMO = BitVAE.from_pretrained("demo").fingerprint
 
 
 def random_bits(rng, most=3000):
-    "Bits of any width, schedule and batch, up to so many in all."
+    "Bits of any width, schedule and batch, all scales of it or some, up to so many in all."
     while True:
         mode, h, w, d, B = MODES[rng.integers(len(MODES))], *(int(2 ** rng.uniform(0, 6.1)) for _ in range(2)), int(2 ** rng.uniform(0, 6.5)), int(2 ** rng.uniform(0, 4))
-        h, w = (16, 16) if mode == "half" else (h, w)
+        h, w = (16, 16) if mode.startswith("half") else (h, w)
+        h, w = (2 * h, 2 * w) if mode.endswith("_x2") else (h, w)
         schedule = scale_schedule(h, w, mode)
+        if rng.random() < 0.2: schedule = tuple(size for size in schedule[:-1] if rng.random() < 0.5) + schedule[-1:]
         if B * d * sum(a * b for a, b in schedule) <= most: break
     share, held = rng.choice([0.5, 0.5, 0.9, 1.0]), rng.integers(1, len(schedule) + 1) if rng.random() < 0.3 else len(schedule)
     planes = [torch.from_numpy(rng.random((B, a, b, d)) < share) for a, b in schedule[:held]]
@@ -61,6 +63,8 @@ def files():
     "Files of real bits, raw and compressed, and what they hold."
     tok = BitVAE.from_pretrained("demo")
     made = [tok.encode(load_image(f, size)) for f, size in zip(held_out_photographs(), (64, 128, 96, 256, 64, 64), strict=True)]
+    even = BitVAE.from_pretrained("demo", "dense_x2").encode(load_image(held_out_photographs()[0], 128))
+    made += [even, Bits(even.planes[1::2], even.schedule[1::2], even.latent_size, even.image_size, even.tokenizer)]  # some scales, too
     return [(b.to_bytes(compress), b) for b in made for compress in (False, True)]
 
 
@@ -122,6 +126,23 @@ def test_huge_claims_take_no_memory(claims):
     run = subprocess.run([sys.executable, "-c", LIMITED, data.hex()], capture_output=True, text=True)
     said, grown = run.stdout.strip().splitlines()
     assert said != "read" and int(grown) < 50_000, run.stdout + run.stderr  # kB
+
+
+def test_flags_that_contradict_are_refused():
+    import struct
+    import zlib
+
+    from bitvae.bits import DOUBLED, MAGIC, SOME, SPELLED, VERSION, check_widths, numbers
+
+    for flags, schedule, message in ((SPELLED, numbers(1, 4, 4), None), (SPELLED | DOUBLED, numbers(1, 4, 4), "describes no bits"), (SPELLED | SOME, numbers(1, 4, 4), "describes no bits"),
+                                     (SOME, numbers(0, 4, 4) + b"\x20", None), (SOME, numbers(0, 4, 4) + b"\x00", "check sum"), (DOUBLED, numbers(0, 5, 4), "names no schedule")):  # fmt: skip
+        head = MAGIC + bytes([VERSION, flags]) + numbers(1, 1) + schedule
+        head += struct.pack("<I", zlib.crc32(bytes(2)))
+        data = head + struct.pack("<I", zlib.crc32(head)) + bytes(2)
+        assert check_widths(1, len(head) - 4) == [4]
+        if message is None: assert Bits.from_bytes(data).schedule == ((4, 4),)
+        else:
+            with pytest.raises(BitsError, match=message): Bits.from_bytes(data)
 
 
 def test_many_scales_take_no_time():
