@@ -76,7 +76,7 @@ def prefixes(
     clamp: bool = True,  # to [-1, 1]
 ) -> Iterator[tuple[Bits, Tensor]]:  # bits[:k] and their picture (B, 3, H, W), for k = 1, ..., K
     "Decode every prefix of the scales, coarse to fine."
-    for k in range(1, len(bits) + 1): yield bits[:k], tok.decode(bits[:k], clamp)
+    for k, y in enumerate(tok.decode_prefixes(bits, clamp), 1): yield bits[:k], y
 
 # %% ../nbs/09_evaluation.ipynb #44110d70
 def plot_progressive(

@@ -68,7 +68,7 @@ def check_protocol(p: Protocol) -> None:
     }
     for name, (holds, wanted) in rules.items():
         if not holds: raise ValueError(f"{name} must be {wanted}, got {getattr(p, name)!r}")
-    if p.mode is not None: scale_schedule(16, 16, p.mode)
+    if p.mode is not None: scale_schedule(32, 32, p.mode)
 
 # %% ../nbs/08a_protocols.ipynb #a39a8785
 PROTOCOLS = {

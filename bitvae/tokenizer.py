@@ -72,7 +72,7 @@ class BitVAEConfig:
             raise ValueError(f"stride {self.stride} needs to be a power of two below 2**{len(self.multipliers)}, "
                              "as every halving takes a level and one level comes after the last")  # fmt: skip
         for m in self.multipliers: group_norm(self.channels * m)
-        scale_schedule(16, 16, self.mode)
+        scale_schedule(32, 32, self.mode)
 
 # %% ../nbs/04_tokenizer.ipynb #7ffa32af
 def config_from_dict(

@@ -146,10 +146,9 @@ class Trainer:
         critic: Mapping[str, Tensor] | None = None,  # weights to start with; None: random ones
     ):
         self.config, self.accelerator, self.done, device = config, accelerator, 0, accelerator.device
-        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         tok.quantizer = MultiScaleBSQ(config.model.dim, config.schedule, config.drop_rate)
         self.average = AveragedModel(tok, device, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-        self.model = accelerator.prepare(set_up(tok, config).to(memory_format=self.layout))
+        self.model = accelerator.prepare(set_up(tok, config).to(memory_format=torch.channels_last))
         self.tok = accelerator.unwrap_model(self.model)
         self.optimizer = adamw(self.tok, config.lr)
         self.perceptual = perceptual.to(device) if isinstance(perceptual, nn.Module) else perceptual
@@ -158,7 +157,7 @@ class Trainer:
             plain = PatchDiscriminator().train()
             if critic: plain.load_state_dict(critic)
             if device.type == "cuda" and accelerator.num_processes > 1: plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
-            self.critic = accelerator.prepare(plain.to(memory_format=self.layout))
+            self.critic = accelerator.prepare(plain.to(memory_format=torch.channels_last))
             self.judge = accelerator.unwrap_model(self.critic)  # for the tokenizer's step, which needs no gradient of its weights
             self.critic_optimizer = adamw(self.judge, CRITIC_RATE * config.lr)
 
@@ -498,7 +497,7 @@ def train(
         write = Recorder(t, folder, log, seen, cost.images) if main else None
         while t.done < config.steps:
             start, crops = time.monotonic(), list(itertools.islice(crops_of_pass, config.accumulate))
-            parts, bits = train_step(t, [c.x.to(accelerator.device, memory_format=t.layout, non_blocking=True) for c in crops])
+            parts, bits = train_step(t, [c.x.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True) for c in crops])
             found = [b for c in crops for b in c.broken]
             parts = agree(parts | {"stop": stop.check() is not None, "broken": len(found)}, accelerator)
             stopped = parts.pop("stop") > 0

@@ -31,7 +31,7 @@ from bitvae.training import Trainer, start_tokenizer, train_step
 torch.set_num_threads(1)
 config = recipe("d16_stage1", channels=32, discriminator_start=None, perceptual="none", activation_checkpointing=sys.argv[1] == "on")
 t = Trainer(config, Accelerator(cpu=True), start_tokenizer(config))
-x = torch.rand(4, 3, 128, 128) * 2 - 1
+x = torch.rand(4, 3, 192, 192) * 2 - 1
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # of this program; getrusage counts the parent's too
 before = peak()
 losses = [float(train_step(t, [x])[0]["loss"]) for _ in range(2)]
