@@ -35,7 +35,7 @@ BAND = 1 << 21  # bytes of a picture that stay in a CPU's cache
 def bands(*xs: Tensor) -> Iterable[tuple[Tensor, ...]]:
     "A few rows of several tensors (B, width, h, w) of one shape at a time, as views; all rows on other devices, and for the compiler."
     whole = xs[0].device.type != "cpu" or torch.compiler.is_compiling()
-    rows = xs[0].shape[2] if whole else max(1, BAND // xs[0][:, :, :1].nbytes)
+    rows = xs[0].shape[2] if whole else max(1, BAND // xs[0][:1, :, :1].nbytes)  # the same for every batch
     return zip(*(x.split(rows, 2) for x in xs), strict=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .architecture import Downsample, Half, ResnetBlock, Upsample, layers, moments, norm_silu, scale_and_shift
 
 # %% ../nbs/03a_pieces.ipynb #e43036c9
-NEAR = 1 << 24  # bytes of an activation
+NEAR = 1 << 23  # bytes of an activation
 
 
 def in_parts(
