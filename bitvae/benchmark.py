@@ -8,7 +8,6 @@ __all__ = ['WATCH', 'PACKAGES', 'PLAIN', 'interleaved', 'ratio', 'peak_memory', 
            'plain_latent', 'plain_decode', 'PlainTrainer', 'diffusers_autoencoder', 'residual_lfq']
 
 # %% ../nbs/10f_benchmark.ipynb #599ab4b6
-import copy
 import json
 import os
 import platform
@@ -149,10 +148,9 @@ PLAIN = {ResnetBlock: PlainBlock, Upsample: PlainUpsample, Encoder: PlainEncoder
 
 
 def plain(model: nn.Module) -> nn.Module:
-    "A copy that computes plainly."
-    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    "Let a model compute plainly, from now on."
     for m in model.modules(): m.__class__ = PLAIN.get(type(m), type(m))
-    return model
+    return model.to(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -179,11 +177,11 @@ def plain_decode(tok: BitVAE, bits: Bits) -> Tensor:
 
 # %% ../nbs/10f_benchmark.ipynb #41c4cec6
 class PlainTrainer:
-    "A training run's state, as one would write it down: `step` is one update of tokenizer and critic."
+    "A training run's state, as one would write it down: `step` is one update of tokenizer and critic. It takes the networks of a `Trainer`, which is of no more use."
 
     def __init__(self, t: Trainer):
         self.config, self.done = t.config, t.done
-        self.tok, self.critic = plain(t.tok), copy.deepcopy(t.judge).to(memory_format=torch.contiguous_format)
+        self.tok, self.critic = plain(t.tok), plain(t.judge)
         self.optimizer, self.critic_optimizer = (torch.optim.AdamW(m.parameters(), lr * t.config.lr, betas=(0.9, 0.95), weight_decay=0.01) for m, lr in ((self.tok, 1), (self.critic, 2)))
 
     def step(self, x: Tensor) -> dict[str, Tensor]:  # the losses by name

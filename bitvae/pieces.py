@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .architecture import Downsample, Half, ResnetBlock, Upsample, layers, moments, norm_silu, scale_and_shift
+from .architecture import Downsample, Half, ResnetBlock, Upsample, layers, moments, scale_and_shift, scaled_silu
 
 # %% ../nbs/03a_pieces.ipynb #e43036c9
 NEAR = 1 << 23  # bytes of an activation
@@ -74,9 +74,9 @@ def normed(
     step: int,
 ) -> Map:
     "GroupNorm and SiLU on top of a map, all of which is looked at now."
-    found = moments((rows for _, _, rows in strips(m, step)), norm.num_groups)
-    scale, shift = scale_and_shift(*found, norm.weight, norm.bias, norm.eps)
-    return on_top(m, lambda x: norm_silu(x, scale, shift).to(x.dtype), halo=0)
+    mean, variance = moments((rows for _, _, rows in strips(m, step)), norm.num_groups)
+    scale, shift = scale_and_shift(mean, (variance + norm.eps).rsqrt(), norm.weight, norm.bias)
+    return on_top(m, lambda x: scaled_silu(x, scale, shift).to(x.dtype), halo=0)
 
 # %% ../nbs/03a_pieces.ipynb #dfbb6d6e
 def block_on_top(
