@@ -1,18 +1,22 @@
 # make demo: train and evaluate a tokenizer in minutes | make retrain-demo: train the one in the package again
-# make test | make lab | make export | make clean
+# make bench: measure speed against peers | make test | make lab | make export | make clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 # threads that wait must not spin: on a shared machine that costs more than it gains
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo retrain-demo test lab export clean
+.PHONY: demo retrain-demo bench test lab export clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
 
 retrain-demo: .venv/installed
 	$(BIN)/python tools/retrain_demo.py $(if $(STEPS),--steps $(STEPS))
+
+bench: .venv/installed
+	$(BIN)/bitvae run nbs/experiments/benchmark.ipynb benchmarks/speed/benchmark.ipynb --set folder=benchmarks/speed --set width=128 --set size=256 \
+		--set rounds=7 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WATCH', 'PACKAGES', 'PLAIN', 'interleaved', 'ratio', 'peak_memory', 'machine', 'processor', 'roof', 'PlainBlock',
            'PlainUpsample', 'PlainHalf', 'PlainEncoder', 'PlainDecoder', 'plain', 'plain_encode', 'plain_quantize',
-           'plain_latent', 'plain_decode', 'PlainTrainer', 'diffusers_autoencoder', 'residual_lfq']
+           'plain_latent', 'plain_decode', 'PlainTrainer', 'peer', 'diffusers_autoencoder', 'residual_lfq']
 
 # %% ../nbs/10f_benchmark.ipynb #599ab4b6
 import json
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
@@ -204,12 +205,16 @@ class PlainTrainer:
         optimizer.zero_grad()
 
 # %% ../nbs/10f_benchmark.ipynb #6d9ba548
+def peer(package: str, name: str) -> type:
+    "A class of a package that only the benchmark needs; raises `ImportError` with the remedy."
+    try: return getattr(import_module(package), name)
+    except ImportError as e: raise ImportError(f"the benchmark compares with {package}: pip install 'bitvae[bench]'") from e
+
+
 def diffusers_autoencoder(c: BitVAEConfig) -> nn.Module:
     "The `AutoencoderKL` of `diffusers` with a tokenizer's widths, without attention."
-    from diffusers import AutoencoderKL
-
     n = len(c.multipliers)
-    return AutoencoderKL(
+    return peer("diffusers", "AutoencoderKL")(
         down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n, block_out_channels=tuple(c.channels * m for m in c.multipliers),
         layers_per_block=c.res_blocks, latent_channels=c.dim, norm_num_groups=32, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
     ).eval()  # fmt: skip
@@ -217,7 +222,5 @@ def diffusers_autoencoder(c: BitVAEConfig) -> nn.Module:
 
 def residual_lfq(d: int, h: int, w: int) -> nn.Module:
     "The residual LFQ on the sphere of `vector-quantize-pytorch`, with at most the bits of schedule `dynamic`."
-    from vector_quantize_pytorch import GroupedResidualLFQ
-
     levels = sum(a * b for a, b in scale_schedule(h, w)) // (h * w)
-    return GroupedResidualLFQ(dim=d, groups=d // 8, num_quantizers=levels, codebook_size=256, spherical=True).eval()
+    return peer("vector_quantize_pytorch", "GroupedResidualLFQ")(dim=d, groups=d // 8, num_quantizers=levels, codebook_size=256, spherical=True).eval()

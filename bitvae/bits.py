@@ -6,9 +6,9 @@
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'MAGIC', 'VERSION', 'ROOM', 'COMPRESSED',
            'TOKENIZER', 'IMAGE', 'PREFIX', 'LATENT', 'SPELLED', 'DOUBLED', 'SOME', 'MOST', 'SMALLEST', 'SCALES',
            'TURNS', 'TOKENS', 'MODES', 'ladder', 'extend', 'stretch', 'times', 'fitting', 'climbing', 'scale_schedule',
-           'doubled', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select', 'equal', 'numbers', 'Reader', 'Named',
-           'named', 'write_schedule', 'read_schedule', 'running_sums', 'check_widths', 'header_of', 'pack', 'Header',
-           'read_header', 'raw_planes', 'unpack', 'known_coder', 'write_bits', 'read_bits']
+           'doubled', 'BitsError', 'check_planes', 'Bits', 'prefix', 'select', 'equal', 'moved', 'numbers', 'Reader',
+           'Named', 'named', 'write_schedule', 'read_schedule', 'running_sums', 'check_widths', 'header_of', 'pack',
+           'Header', 'read_header', 'raw_planes', 'unpack', 'known_coder', 'write_bits', 'read_bits']
 
 # %% ../nbs/01_bits.ipynb #2f87e39e
 import math
@@ -202,8 +202,8 @@ class Bits:
     def __getitem__(self, scales: slice) -> "Bits": return prefix(self, scales)
     def select(self, images: int | slice) -> "Bits": "Some images of the batch."; return select(self, images)
     def to(self, device: torch.device | str) -> "Bits":
-        "The same bits on another device."
-        return replace(self, planes=tuple(p.to(device) for p in self.planes))
+        "A copy on a device."
+        return moved(self, device)
 
     def to_bytes(self, compress: bool = False) -> bytes: "Packed, one bit per bit or less, with check sums."; return pack(self, compress)
     @staticmethod
@@ -240,6 +240,16 @@ def equal(a: Bits, b: Bits) -> bool:
     "Equal schedules, sizes and bits, on whatever devices."
     facts = [(x.schedule, x.latent_size, x.image_size, len(x), x.batch, x.dim) for x in (a, b)]
     return facts[0] == facts[1] and all(torch.equal(p, q.to(p.device)) for p, q in zip(a, b, strict=True))
+
+
+def moved(
+    bits: Bits,
+    device: torch.device | str,
+) -> Bits:
+    "A copy on a device, by one transfer however many scales there are."
+    flat = torch.cat([p.flatten(1) for p in bits], 1).to(device, non_blocking=torch.device(device).type == "cuda")
+    parts = flat.split([p.shape[1:].numel() for p in bits], 1)
+    return replace(bits, planes=tuple(part.reshape(p.shape).contiguous() for part, p in zip(parts, bits, strict=True)))
 
 # %% ../nbs/01_bits.ipynb #e225e47f
 MAGIC, VERSION, ROOM = b"BVAE", 2, 64

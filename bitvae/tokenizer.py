@@ -115,6 +115,7 @@ class BitVAE(nn.Module):
         self.config = c = config or BitVAEConfig()
         shape = (c.dim, c.channels, c.multipliers, c.res_blocks, c.stride)
         self.encoder, self.quantizer, self.decoder = Encoder(*shape), MultiScaleBSQ(c.dim, c.mode), Decoder(*shape)
+        self.to(memory_format=torch.channels_last)  # as pictures lie inside
 
     def forward(
         self,
@@ -183,7 +184,7 @@ def latent(
 ) -> Tensor:  # (B, d, h, w), where and of what type the weights are
     "What the encoder makes of pictures, before quantization; raises `ValueError` for what is no picture."
     check_pictures(x)
-    x = pad_to_stride(x.to(tok.device), tok.config.stride)
+    x = pad_to_stride(x.to(tok.device, non_blocking=True), tok.config.stride)
     z = through(tok, tok.encoder, x, x.shape[-2:].numel(), rows)
     if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
     return z
@@ -206,8 +207,7 @@ def encode(
 ) -> Bits:
     "The bits of all scales, in training and eval mode alike; raises `ValueError` for what is no picture."
     bits = quantize(tok, latent(tok, x, rows), change)
-    planes = tuple(p.to(x.device, copy=True) for p in bits)  # ordinary tensors again, which may be edited and trained on
-    return replace(bits, planes=planes, image_size=tuple(x.shape[-2:]), tokenizer=tok.fingerprint)
+    return replace(bits.to(x.device), image_size=tuple(x.shape[-2:]), tokenizer=tok.fingerprint)
 
 # %% ../nbs/04_tokenizer.ipynb #1c0413a6
 def check_bits(tok: BitVAE, bits: Bits, force: bool) -> tuple[int, int]:  # (H, W) of the pictures
@@ -329,7 +329,7 @@ def build(
     if any(faults.values()):
         raise CheckpointError(f"{source} does not fit {config}: " + "; ".join(f"{k}: {short(v)}" for k, v in faults.items() if v))
     tok.load_state_dict({n: w.float() for n, w in weights.items()}, assign=True)
-    return tok.eval()
+    return tok.to(memory_format=torch.channels_last).eval()
 
 # %% ../nbs/04_tokenizer.ipynb #e6caea55
 CODER = "coder.safetensors"  # in a tokenizer's folder, see `bitvae.entropy`
