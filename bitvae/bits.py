@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, compress as kept_ones, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def ladder(text: str) -> Schedule:
     return tuple((s[0], s[-1]) for s in sizes)
 
 
-DYNAMIC = [ladder(text) for text in (
+DYNAMIC = tuple(ladder(text) for text in (
     "1 2 4 6 8 12 16 20 24 32 40 48 64 80 96 128",
     "1 2 3 5x4 10x8 15x12 20x16 25x20 30x24 35x28 45x36 55x44 70x56 90x72 110x88 140x112",
     "1 2 4x3 8x6 12x9 16x12 20x15 24x18 28x21 36x27 48x36 60x45 72x54 96x72 120x90 144x108",
@@ -52,7 +52,7 @@ DYNAMIC = [ladder(text) for text in (
     "1 2 4x2 6x3 10x5 16x8 22x11 30x15 38x19 46x23 60x30 74x37 90x45 120x60 148x74 180x90",
     "1 2 5x2 10x4 15x6 20x8 25x10 30x12 40x16 50x20 65x26 80x32 100x40 130x52 160x64 200x80",
     "1 2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37 144x48 180x60 222x74",
-)]  # fmt: skip
+))  # fmt: skip
 
 # %% ../nbs/01_bits.ipynb #87a20326
 DENSE = ladder(" ".join(map(str, [*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128])))
@@ -107,13 +107,14 @@ def fitting(
     return stretch(min(candidates, key=lambda c: (len(stretch(c, h, w)) < len(c), times(math.prod(c[-1]), h * w))), h, w)
 
 # %% ../nbs/01_bits.ipynb #d944c527
+@lru_cache(1024)  # every encode asks for one
 def climbing(
-    ladders: list[Schedule],  # one per aspect ratio
+    ladders: tuple[Schedule, ...],  # one per aspect ratio
     h: int,                   # tokens down
     w: int,                   # tokens across
 ) -> Schedule:  # ends at (h, w)
     "The fitting prefix of the ladder nearest in shape."
-    ladders = ladders + [tuple((b, a) for a, b in rungs) for rungs in ladders]
+    ladders += tuple(tuple((b, a) for a, b in rungs) for rungs in ladders)
     rungs = min(ladders, key=lambda r: times(r[-1][0] * w, r[-1][1] * h))
     rungs = extend(rungs, h * w)
     return fitting([rungs[:k] for k in range(1, len(rungs) + 1)], h, w)
@@ -138,7 +139,7 @@ def scale_schedule(
     if mode == "half":
         raise ValueError(f"mode 'half' serves only {', '.join(f'{a}x{b}' for a, b in LISTED['half'])} tokens, not {h}x{w}")
     if mode == "original": return fitting(list(ORIGINAL.values()), h, w)
-    return climbing(DYNAMIC if mode == "dynamic" else [DENSE], h, w)
+    return climbing(DYNAMIC if mode == "dynamic" else (DENSE,), h, w)
 
 
 def doubled(

@@ -133,8 +133,8 @@ def scale_planes(
     "The bit planes of `residual_pyramid` alone, without its gradient."
     size, planes, r = tuple(z.shape[-2:]), [], z.clone(memory_format=torch.channels_last)
     for k, scale in enumerate(schedule):
-        if planes: r -= enlarge(codes(rearrange(planes[-1], "B h w d -> B d h w")), size)
-        plane = rearrange(area_resize(r, scale) > 0, "B d h w -> B h w d")
+        if planes: r -= enlarge(codes(planes[-1].permute(0, 3, 1, 2)), size)
+        plane = (area_resize(r, scale) > 0).permute(0, 2, 3, 1)
         planes.append(change(k, plane) if change else plane)
     return planes
 
@@ -142,7 +142,7 @@ def scale_planes(
 def spread(bits: Bits) -> Iterator[Tensor]:  # of each scale (B, d, h, w), float32
     "The codes of every plane held, enlarged."
     for plane in bits:
-        q = codes(rearrange(plane, "B h w d -> B d h w"))
+        q = codes(plane.permute(0, 3, 1, 2))
         yield enlarge(q.contiguous(memory_format=torch.channels_last), bits.latent_size)  # one layout, as rounding may depend on it
 
 
@@ -150,8 +150,10 @@ def latent_from_bits(
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # quantized latent (B, d, h, w), float32
     "Sum the enlarged codes of every plane held."
-    first, *rest = spread(bits)
-    return sum(rest, first)
+    scales = spread(bits)
+    total = next(scales).clone()
+    for s in scales: total += s
+    return total
 
 
 def prefix_latents(
