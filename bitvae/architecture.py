@@ -82,7 +82,7 @@ def norm_silu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, width, h, w); mean and 1 / standard deviation (B, groups)
     "Group normalization and SiLU; on a CPU small pictures are left to torch, which is quicker."
-    if x.device.type == "cpu" and x[:1].nbytes <= SMALL and x.dtype == gamma.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and x[:1].nbytes <= SMALL and x.dtype == gamma.dtype == torch.float32:
         n, mean, rstd = torch.native_group_norm(x, gamma, beta, len(x), x.shape[1], x.shape[2:].numel(), groups, eps)
         return F.silu(n, inplace=True), mean, rstd
     mean, variance = moments((part for part, in bands(x)), groups)

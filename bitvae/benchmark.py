@@ -21,13 +21,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architecture import Decoder, Encoder, Half, ResnetBlock, Upsample, layers
 from .bits import Bits, scale_schedule
 from .losses import discriminator_loss, generator_loss
-from .quantizer import codes, enlarge, residual_pyramid
 from .tokenizer import BitVAE, BitVAEConfig
 from .training import Trainer, step_seed
 
@@ -162,13 +162,19 @@ def plain_encode(tok: BitVAE, x: Tensor) -> Bits:
 
 def plain_quantize(z: Tensor, mode: str) -> Bits:
     "A latent (B, d, h, w) to bits."
-    schedule = scale_schedule(*z.shape[-2:], mode)
-    return Bits(residual_pyramid(z, schedule)[2], schedule)
+    schedule, r, planes = scale_schedule(*z.shape[-2:], mode), z, []
+    for size in schedule:
+        v = F.normalize(F.interpolate(r, size=size, mode="area"), dim=1)
+        planes.append(rearrange(v > 0, "B d h w -> B h w d"))
+        q = torch.where(v > 0, 1.0, -1.0) / z.shape[1] ** 0.5
+        r = r - F.interpolate(v + (q - v), size=z.shape[-2:], mode="bilinear")
+    return Bits(planes, schedule)
 
 
 def plain_latent(bits: Bits) -> Tensor:
     "Bits to the quantized latent."
-    return sum(enlarge(codes(p.permute(0, 3, 1, 2).contiguous()), bits.latent_size) for p in bits)
+    codes = [rearrange(torch.where(p, 1.0, -1.0) / bits.dim**0.5, "B h w d -> B d h w").contiguous() for p in bits]
+    return sum(F.interpolate(q, size=bits.latent_size, mode="bilinear") for q in codes)
 
 
 @torch.no_grad()

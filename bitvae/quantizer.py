@@ -84,7 +84,7 @@ def area_resize(
     size: Size,  # (h_k, w_k)
 ) -> Tensor:  # (B, d, h_k, w_k), each value the mean of its area
     "Shrink the residual to one scale; the identity where it already fits."
-    return r if r.shape[-2:] == size else F.interpolate(r, size=size, mode="area")
+    return r if r.shape[-2:] == size else F.adaptive_avg_pool2d(r, size)
 
 
 def enlarge(
