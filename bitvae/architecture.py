@@ -64,7 +64,7 @@ def scale_and_shift(
     return scale[..., None, None], (beta - mean * scale)[..., None, None]
 
 # %% ../nbs/03_architecture.ipynb #a685bbf6
-SMALL = 1 << 25  # bytes of a picture up to which torch's sums err less than its convolutions do
+SMALL = 1 << 20  # bytes of a picture up to which torch's sums err less than its convolutions do
 
 
 def scaled_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

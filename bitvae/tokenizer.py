@@ -185,7 +185,7 @@ def latent(
     "What the encoder makes of pictures, before quantization; raises `ValueError` for what is no picture."
     check_pictures(x)
     x = pad_to_stride(x.to(tok.device, non_blocking=True), tok.config.stride)
-    z = through(tok, tok.encoder, x, x.shape[-2:].numel(), rows)
+    z = through(tok, tok.encoder, x, x.shape[-2:].numel(), rows).contiguous()
     if not torch.isfinite(z).all(): raise ValueError("the encoder gave values that are no numbers: the weights are damaged, load them again")
     return z
 
