@@ -3,8 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-# threads that wait must not spin: on a shared machine that costs more than it gains
-export OMP_WAIT_POLICY ?= PASSIVE
+# threads that wait must not spin: with several processes on few cores that costs more than it gains
+demo retrain-demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo retrain-demo bench test lab export clean
 
@@ -15,7 +15,7 @@ retrain-demo: .venv/installed
 	$(BIN)/python tools/retrain_demo.py $(if $(STEPS),--steps $(STEPS))
 
 bench: .venv/installed
-	$(BIN)/bitvae run nbs/experiments/benchmark.ipynb runs/speed/benchmark.ipynb --set folder=runs/speed --set width=128 --set size=256 \
+	$(BIN)/bitvae run nbs/experiments/benchmark.ipynb benchmarks/speed/benchmark.ipynb --set folder=benchmarks/speed --set width=128 --set size=256 \
 		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096
 
 test: .venv/installed

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WATCH', 'PACKAGES', 'PLAIN', 'interleaved', 'ratio', 'peak_memory', 'machine', 'processor', 'roof', 'PlainBlock',
-           'PlainUpsample', 'PlainHalf', 'PlainEncoder', 'PlainDecoder', 'plain', 'plain_encode', 'plain_quantize',
-           'plain_latent', 'plain_decode', 'PlainTrainer', 'peer', 'diffusers_autoencoder', 'residual_lfq']
+           'PlainUpsample', 'PlainHalf', 'PlainEncoder', 'PlainDecoder', 'plain_quantize', 'plain_latent',
+           'PlainTokenizer', 'plain', 'PlainTrainer', 'peer', 'diffusers_autoencoder', 'residual_lfq']
 
 # %% ../nbs/10f_benchmark.ipynb #599ab4b6
 import json
@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +60,8 @@ def ratio(
 WATCH = '''
 import json, threading, time, psutil, torch
 def resident(): return psutil.Process().memory_info().rss
+{imports}
+libraries = resident()
 {prepare}
 seen, done, cuda = [resident()], threading.Event(), torch.cuda.is_available()
 def watch():
@@ -71,16 +73,18 @@ start = time.perf_counter()
 if cuda: torch.cuda.synchronize()
 seconds = time.perf_counter() - start
 done.set()
-print(json.dumps(dict(before=before, peak=torch.cuda.max_memory_allocated() if cuda else max(seen), seconds=seconds)))
+print(json.dumps(dict(libraries=0 if cuda else libraries, before=before, peak=torch.cuda.max_memory_allocated() if cuda else max(seen), seconds=seconds)))
 '''
 
 
 def peak_memory(
+    imports: str,  # Python that imports what is needed
     prepare: str,  # Python that makes what is needed
     work: str,     # Python whose peak is wanted
-) -> dict[str, float]:  # before and peak in bytes, seconds
+) -> dict[str, float]:  # libraries, before and peak in bytes, seconds
     "Run some Python in a process of its own and watch its memory; raises `RuntimeError` where it fails."
-    run = subprocess.run([sys.executable, "-c", WATCH.format(prepare=prepare, work=work)], capture_output=True, text=True)
+    giving_back = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # of glibc
+    run = subprocess.run([sys.executable, "-c", WATCH.format(imports=imports, prepare=prepare, work=work)], capture_output=True, text=True, env=os.environ | giving_back)
     if run.returncode: raise RuntimeError(f"the process failed with exit code {run.returncode}: {run.stderr[-2000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -144,22 +148,7 @@ class PlainHalf(Half):
 class PlainEncoder(PlainHalf, Encoder): "An encoder, layer by layer."
 class PlainDecoder(PlainHalf, Decoder): "A decoder, layer by layer."
 
-
-PLAIN = {ResnetBlock: PlainBlock, Upsample: PlainUpsample, Encoder: PlainEncoder, Decoder: PlainDecoder}
-
-
-def plain(model: nn.Module) -> nn.Module:
-    "Let a model compute plainly, from now on."
-    for m in model.modules(): m.__class__ = PLAIN.get(type(m), type(m))
-    return model.to(memory_format=torch.contiguous_format)
-
-
-@torch.no_grad()
-def plain_encode(tok: BitVAE, x: Tensor) -> Bits:
-    "Pictures (B, 3, H, W), sides multiples of the stride, to bits."
-    return plain_quantize(tok.encoder(x), tok.config.mode)
-
-
+# %% ../nbs/10f_benchmark.ipynb #5dd1889f
 def plain_quantize(z: Tensor, mode: str) -> Bits:
     "A latent (B, d, h, w) to bits."
     schedule, r, planes = scale_schedule(*z.shape[-2:], mode), z, []
@@ -176,11 +165,33 @@ def plain_latent(bits: Bits) -> Tensor:
     codes = [rearrange(torch.where(p, 1.0, -1.0) / bits.dim**0.5, "B h w d -> B d h w").contiguous() for p in bits]
     return sum(F.interpolate(q, size=bits.latent_size, mode="bilinear") for q in codes)
 
+# %% ../nbs/10f_benchmark.ipynb #75b0c8d8
+class PlainTokenizer(BitVAE):
+    "A tokenizer, step by step; for pictures whose sides are multiples of the stride."
 
-@torch.no_grad()
-def plain_decode(tok: BitVAE, bits: Bits) -> Tensor:
-    "Bits to pictures (B, 3, H, W)."
-    return tok.decoder(plain_latent(bits)).clamp(-1, 1)
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Bits:
+        "Pictures (B, 3, H, W) to bits."
+        return plain_quantize(self.encoder(x), self.config.mode)
+
+    @torch.no_grad()
+    def decode(self, bits: Bits, clamp: bool = True) -> Tensor:
+        "Bits to pictures (B, 3, H, W)."
+        y = self.decoder(plain_latent(bits))
+        return y.clamp(-1, 1) if clamp else y
+
+    def decode_prefixes(self, bits: Bits, clamp: bool = True) -> Iterator[Tensor]:
+        "The pictures of the first scale, the first two, ..., all held."
+        for k in range(1, len(bits) + 1): yield self.decode(bits[:k], clamp)
+
+
+PLAIN = {ResnetBlock: PlainBlock, Upsample: PlainUpsample, Encoder: PlainEncoder, Decoder: PlainDecoder, BitVAE: PlainTokenizer}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    "Let a model compute plainly, from now on."
+    for m in model.modules(): m.__class__ = PLAIN.get(type(m), type(m))
+    return model.to(memory_format=torch.contiguous_format)
 
 # %% ../nbs/10f_benchmark.ipynb #41c4cec6
 class PlainTrainer:

