@@ -29,7 +29,7 @@ def group_norm(
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 # %% ../nbs/03_architecture.ipynb #ccbf9714
-BAND = 1 << 20  # bytes of a picture at a time, on a CPU
+BAND = 1 << 21  # bytes of a picture at a time, on a CPU
 
 
 def bands(*xs: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -251,7 +251,7 @@ class Half(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages: x = run(stage, x)
-        return norm_silu_conv(x, self.norm_out, self.conv_out, spare=True)
+        return norm_silu_conv(x, self.norm_out, self.conv_out)
 
 # %% ../nbs/03_architecture.ipynb #4c15c2af
 class Encoder(Half):
