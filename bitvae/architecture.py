@@ -157,7 +157,7 @@ def norm_silu_backward(
     summand = -mean * factor - of_group(total) * rstd
     for d, part in bands(ds, x):
         room = torch.addcmul(summand[..., None, None], part.to(ds.dtype), factor[..., None, None], out=fitting(room, d))
-        d.mul_(scale).add_(room)
+        torch.addcmul(room, d, scale, out=d)
     return ds, product.sum(0), total.sum(0)
 
 # %% ../nbs/03_architecture.ipynb #2bdae2df
