@@ -16,7 +16,7 @@ retrain-demo: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/bitvae run nbs/experiments/benchmark.ipynb benchmarks/speed/benchmark.ipynb --set folder=benchmarks/speed --set width=128 --set size=256 \
-		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096
+		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096 --set large_width=128
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -152,14 +152,14 @@ def score(
     metrics: Sequence[str],
     nets: Mapping[str, nn.Module],  # from `load_networks`
     memo: dict,  # of this x and y, for the protocols to share
-    known: Mapping[str, list[Tensor]] | None = None,  # network -> its features of x
+    known: Mapping[str, list[Tensor]],  # network -> its features of x, where they were found already
 ) -> dict[str, Tensor]:  # metric -> (B,)
     "All metrics of single pictures."
     pixels = (p.clamp, p.rounding)
     work = {("psnr", pixels): lambda: psnr(x, y, p), ("ssim", pixels, p.ssim_window, p.ssim_range): lambda: ssim(x, y, p), ("ms_ssim", pixels): lambda: ms_ssim(x, y, p)}
     work = {key: does for key, does in work.items() if key[0] in metrics}
     for name in (*(f"lpips_{net}" for net in p.lpips), "efficientnet"):
-        if name in nets: work[name, p.clamp] = lambda name=name: nets[name]((known or {}).get(name, x), y.clamp(-1, 1) if p.clamp else y).flatten().double().cpu()
+        if name in nets: work[name, p.clamp] = lambda name=name: nets[name](known.get(name, x), y.clamp(-1, 1) if p.clamp else y).flatten().double().cpu()
     with torch.inference_mode():
         for key, does in work.items(): memo[key] = memo[key] if key in memo else does()
     return {key[0]: memo[key] for key in work}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
@@ -167,14 +168,14 @@ def ssim(
     y: Tensor,  # reconstructions, the same shape
     p: Protocol = PROTOCOLS["clamped"],
 ) -> Tensor:  # (B,), float64, at most 1
-    "Structural similarity of every pair, the mean over channels: scikit-image's, with the protocol's window and range."
+    "Structural similarity of every pair, the mean over channels: scikit-image's, with the protocol's window and range, several pictures at a time."
     from skimage.metrics import structural_similarity
 
     gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     window, least = (gaussian, 11) if p.ssim_window is None else ({"win_size": p.ssim_window}, p.ssim_window)
     if min(x.shape[-2:]) < least: raise ValueError(f"SSIM looks at windows of {least}x{least} pixels, the pictures have {tuple(x.shape[-2:])}: take larger ones")
-    values = [structural_similarity(a, b, channel_axis=-1, data_range=p.ssim_range, **window) for a, b in as_arrays(x, y, p)]
-    return torch.tensor(values, dtype=torch.float64)
+    def of_pair(pair: tuple[np.ndarray, np.ndarray]) -> float: return structural_similarity(*pair, channel_axis=-1, data_range=p.ssim_range, **window)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool: return torch.tensor(list(pool.map(of_pair, as_arrays(x, y, p))), dtype=torch.float64)
 
 # %% ../nbs/08a_protocols.ipynb #f202fab7
 def ms_ssim(

@@ -27,7 +27,7 @@ def codes(
 ) -> Tensor:  # the same shape, float32, each vector of length 1
     "The corner of the hypercube on the unit sphere that the bits name (BSQ, arXiv 2406.07548)."
     a = 1 / math.sqrt(positive.shape[1])
-    return positive.view(torch.uint8).float().mul_(2 * a).sub_(a)  # exactly a or -a, many times faster than `where`
+    return torch.rsub(positive.view(torch.uint8), -a, alpha=-2 * a)  # 2 a bit - a: exactly a or -a, many times faster than `where`
 
 # %% ../nbs/02_quantizer.ipynb #53d29df1
 def straight_through(

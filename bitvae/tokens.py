@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,6 +42,7 @@ from .data import ENDINGS, DataError, Pictures, Shards, Source, fingerprint, lab
 from .entropy import coder_for, load_coder, save_coder
 from .evaluation import ranks, wait_for_all
 from .images import Encoded, center_crop, open_image, replacing, to_tensor
+from .pieces import keep_memory
 from .tokenizer import CODER, BitVAE, latent, quantize
 
 VERSION = 1  # of manifests and shards
@@ -98,19 +100,19 @@ class Picture(NamedTuple):
     "A picture that was read."
 
     item: Item
-    x: Tensor | Exception  # (1, 3, size, size), or why there is none
-    size: Size = (0, 0)    # (H, W) of the upright picture before it was resized and cropped
+    x: Image.Image | Exception  # size x size pixels, or why there is none
+    size: Size = (0, 0)         # (H, W) of the upright picture before it was resized and cropped
 
 
 def read_picture(
     item: Item,
     size: int,  # side of the centre crop, pixels
 ) -> Picture:
-    "Read and crop; what goes wrong is handed on."
+    "Read and crop, by Pillow alone; what goes wrong is handed on."
     if isinstance(item.file, Exception): return Picture(item, item.file)
     try:
         picture = open_image(item.file)
-        return Picture(item, to_tensor(center_crop(picture, size)), (picture.height, picture.width))
+        return Picture(item, center_crop(picture, size), (picture.height, picture.width))
     except (ValueError, OSError, MemoryError) as e: return Picture(item, e)
 
 
@@ -152,7 +154,7 @@ def samples_of(
         progress(len(pictures))
         failed |= {p.item.key: str(p.x) for p in pictures if isinstance(p.x, Exception)}
         if not (good := [p for p in pictures if not isinstance(p.x, Exception)]): continue
-        x = torch.cat([p.x for p in good])
+        x = torch.cat([to_tensor(p.x) for p in good])
         z = latent(tok, x)
         kept = z.to("cpu", torch.float16) if latents else None
         bits = replace(quantize(tok, z).to("cpu"), image_size=tuple(x.shape[-2:]), tokenizer=tok.fingerprint)
@@ -380,8 +382,9 @@ def tokenize(
     form: str = "tar",            # of the shards, or "safetensors"
     latents: bool = False,        # keep them too, as float16, for `teaching` with exact correction
 ) -> dict:  # the manifest; empty in all but the first process
-    "Tokenize a data set, as one of several processes or alone; raises what `open_source` does, and `ValueError`."
+    "Tokenize a data set, as one of several processes or alone; a process on a CPU keeps its memory from then on. Raises what `open_source` does, and `ValueError`."
     folder, (rank, world) = Path(folder), ranks()
+    if tok.device.type == "cpu": keep_memory()
     check_options(form, compress, size=size, per_shard=per_shard, batch=batch, workers=workers)
     pictures = open_source(images)
     named = labels_for(pictures, images, labels)
