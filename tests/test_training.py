@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         def finish(self): said.append("finished")
 
     stub = types.ModuleType("wandb")
+    stub.__spec__ = ModuleSpec("wandb", None)  # which accelerate looks for when it is first imported
     stub.init = lambda **given: said.append(given) or Run()
     monkeypatch.setitem(sys.modules, "wandb", stub)
     train(recipe("smoke"), "bundled", tmp_path / "run", wandb="tokenizers")
