@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURE', 'COMMITMENT', 'ENTROPY', 'Change', 'codes', 'straight_through', 'binary_entropy', 'over_ranks',
-           'ScaleLoss', 'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'scale_planes',
-           'spread', 'latent_from_bits', 'prefix_latents', 'draw_kept', 'MultiScaleBSQ']
+           'ScaleLoss', 'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'spread',
+           'scale_planes', 'latent_from_bits', 'prefix_latents', 'draw_kept', 'MultiScaleBSQ']
 
 # %% ../nbs/02_quantizer.ipynb #fb5cb8f2
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -125,34 +125,38 @@ def residual_pyramid(
     return out, vs, planes
 
 # %% ../nbs/02_quantizer.ipynb #978d9185
+def spread(
+    plane: Tensor,  # bool (B, h_k, w_k, d)
+    size: Size,     # (h, w)
+) -> Tensor:  # new (B, d, h, w), float32
+    "The codes of a plane, enlarged."
+    q = codes(plane.permute(0, 3, 1, 2))
+    return enlarge(q.contiguous(memory_format=torch.channels_last), size)  # one layout, as rounding may depend on it
+
+
 def scale_planes(
     z: Tensor,                # latent (B, d, h, w), float32
     schedule: Sequence[Size], # the scales to use
     change: Change | None = None,  # of the bits of each scale, which later scales correct
 ) -> list[Tensor]:  # plane k: bool (B, h_k, w_k, d)
     "The bit planes of `residual_pyramid` alone, without its gradient."
-    size, planes, r = tuple(z.shape[-2:]), [], z.clone(memory_format=torch.channels_last)
+    size, planes, r = tuple(z.shape[-2:]), [], z.contiguous(memory_format=torch.channels_last)
     for k, scale in enumerate(schedule):
-        if planes: r -= enlarge(codes(planes[-1].permute(0, 3, 1, 2)), size)
+        if planes:
+            s = spread(planes[-1], size)
+            r = torch.sub(r, s, out=s)
         plane = (area_resize(r, scale) > 0).permute(0, 2, 3, 1)
         planes.append(change(k, plane) if change else plane)
     return planes
 
 # %% ../nbs/02_quantizer.ipynb #794a1e50
-def spread(bits: Bits) -> Iterator[Tensor]:  # of each scale (B, d, h, w), float32
-    "The codes of every plane held, enlarged."
-    for plane in bits:
-        q = codes(plane.permute(0, 3, 1, 2))
-        yield enlarge(q.contiguous(memory_format=torch.channels_last), bits.latent_size)  # one layout, as rounding may depend on it
-
-
 def latent_from_bits(
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # quantized latent (B, d, h, w), float32
     "Sum the enlarged codes of every plane held."
-    scales = spread(bits)
-    total = next(scales).clone()
-    for s in scales: total += s
+    first, *rest = bits
+    total = spread(first, bits.latent_size)
+    for plane in rest: total += spread(plane, bits.latent_size)
     return total
 
 
@@ -160,7 +164,7 @@ def prefix_latents(
     bits: Bits,
 ) -> list[Tensor]:  # K quantized latents (B, d, h, w), float32
     "`latent_from_bits` of the first scale, the first two, ..., all held."
-    return list(accumulate(spread(bits)))
+    return list(accumulate(spread(plane, bits.latent_size) for plane in bits))
 
 # %% ../nbs/02_quantizer.ipynb #cec7910c
 def draw_kept(
