@@ -42,7 +42,7 @@ def ladder(text: str) -> Schedule:
     sizes = [[int(n) for n in word.split("x")] for word in text.split()]
     return tuple((s[0], s[-1]) for s in sizes)
 
-
+# %% ../nbs/01_bits.ipynb #53b915be
 DYNAMIC = tuple(ladder(text) for text in (
     "1 2 4 6 8 12 16 20 24 32 40 48 64 80 96 128",
     "1 2 3 5x4 10x8 15x12 20x16 25x20 30x24 35x28 45x36 55x44 70x56 90x72 110x88 140x112",
@@ -81,7 +81,7 @@ def extend(
         rungs += ((2 * rungs[-octave][0], 2 * rungs[-octave][1]),)
     return rungs
 
-
+# %% ../nbs/01_bits.ipynb #38a0d7fd
 def stretch(
     rungs: Schedule,  # a schedule that ends elsewhere
     h: int,           # tokens down
@@ -97,7 +97,7 @@ def times(a: int, b: int) -> Fraction:
     "How many times the larger of two numbers is the smaller: exact, so that ties are ties on every machine."
     return max(Fraction(a, b), Fraction(b, a))
 
-
+# %% ../nbs/01_bits.ipynb #cdb43601
 def fitting(
     candidates: list[Schedule],  # schedules that end elsewhere
     h: int,                      # tokens down
@@ -141,7 +141,7 @@ def scale_schedule(
     if mode == "original": return fitting(list(ORIGINAL.values()), h, w)
     return climbing(DYNAMIC if mode == "dynamic" else (DENSE,), h, w)
 
-
+# %% ../nbs/01_bits.ipynb #9eef4fe6
 def doubled(
     h: int,     # tokens down, even
     w: int,     # tokens across, even
@@ -156,7 +156,7 @@ def doubled(
 class BitsError(ValueError):
     "Bits that do not fit together, or bytes that are not what was written."
 
-
+# %% ../nbs/01_bits.ipynb #f08d52bc
 def check_planes(
     planes: tuple[Tensor, ...],  # plane k: bool (B, h_k, w_k, d)
     schedule: Schedule,          # at least as many scales as planes
@@ -236,13 +236,13 @@ def select(
         raise BitsError(f"no image {images} in a batch of {bits.batch}")
     return replace(bits, planes=tuple(p[keep] for p in bits.planes))
 
-
+# %% ../nbs/01_bits.ipynb #efb3c1fe
 def equal(a: Bits, b: Bits) -> bool:
     "Equal schedules, sizes and bits, on whatever devices."
     facts = [(x.schedule, x.latent_size, x.image_size, len(x), x.batch, x.dim) for x in (a, b)]
     return facts[0] == facts[1] and all(torch.equal(p, q.to(p.device)) for p, q in zip(a, b, strict=True))
 
-
+# %% ../nbs/01_bits.ipynb #4cc2ba93
 def moved(
     bits: Bits,
     device: torch.device | str,
@@ -260,14 +260,13 @@ SMALLEST = 39     # bits that one bit of it can stand for, at most
 SCALES = 64       # of a compressed file, at most
 TURNS = 4096      # scales times bits per token of a compressed file, at most
 TOKENS = 1 << 20  # of a scale or a latent, at most
-MODES = ("dynamic", "dense", "original", "dense_f8", "half")
 
-
+# %% ../nbs/01_bits.ipynb #fc2279eb
 def numbers(*values: int) -> bytes:
     "Whole numbers from 0 up, seven bits to a byte."
     return b"".join(bytes((v >> s & 127) | (v >> s + 7 > 0) << 7 for s in range(0, max(1, v.bit_length()), 7)) for v in values)
 
-
+# %% ../nbs/01_bits.ipynb #52102ac0
 class Reader:
     "Takes bytes apart; raises `BitsError` where they end."
 
@@ -296,6 +295,9 @@ class Named(NamedTuple):
     size: Size
     kept: bytes = b""  # a bit for each scale; empty: all are there
 
+# %% ../nbs/01_bits.ipynb #347dabce
+MODES = ("dynamic", "dense", "original", "dense_f8", "half")
+
 
 @cache
 def named(
@@ -321,7 +323,7 @@ def write_schedule(schedule: Schedule, latent: Size) -> tuple[int, bytes]:
     flags = (DOUBLED if base != name.mode else 0) | (SOME if name.kept else 0)
     return flags, numbers(MODES.index(base) if base in MODES else len(MODES) - 1 + int(base[4:]), *name.size) + name.kept
 
-
+# %% ../nbs/01_bits.ipynb #b2c4d1b1
 def read_schedule(reader: Reader, flags: int) -> Schedule:
     "What `write_schedule` wrote; raises `BitsError`."
     first = reader.number()
@@ -345,7 +347,7 @@ def running_sums(
         crc, rest = zlib.crc32(np.packbits(rest[:whole]), crc), rest[whole:]
         yield zlib.crc32(np.packbits(rest), crc)
 
-
+# %% ../nbs/01_bits.ipynb #308f521a
 def check_widths(
     scales: int,  # held
     used: int,    # bytes of the header without the check sums
@@ -366,7 +368,7 @@ def header_of(bits: Bits, compressed: bytes) -> bytes:
     start = MAGIC + bytes([VERSION, flags]) + numbers(bits.dim, bits.batch) + schedule
     return start + b"".join(facts[flag] for flag in (PREFIX, LATENT, IMAGE, TOKENIZER, COMPRESSED))
 
-
+# %% ../nbs/01_bits.ipynb #34b10c59
 def pack(
     bits: Bits,
     compress: bool = False,  # by the coder of the tokenizer, if it has one, or one that learns
@@ -404,7 +406,7 @@ class Header(NamedTuple):
 
     shapes = property(lambda self: [(self.batch, h, w, self.dim) for h, w in self.schedule[: self.held]], doc="Of the planes held.")
 
-
+# %% ../nbs/01_bits.ipynb #f860b263
 def read_header(data: bytes) -> Header:
     "Parse the start of a file and check it; raises `BitsError`."
     reader = Reader(data)
@@ -437,7 +439,7 @@ def raw_planes(data: bytes, shapes: Sequence[tuple[int, ...]]) -> Iterator[np.nd
         yield part[at % 8 : at % 8 + count].astype(bool).reshape(shape)
         at += count
 
-
+# %% ../nbs/01_bits.ipynb #8544854e
 def unpack(
     data: bytes,  # what `pack` returned, or its beginning
 ) -> Bits:
@@ -461,7 +463,7 @@ def unpack(
     if good < h.held: warnings.warn(f"the file is cut short: it holds {good} of {h.held} scales", stacklevel=2)
     return Bits([torch.from_numpy(p) for p in seen[:good]], h.schedule, h.latent_size, h.image_size, h.tokenizer)
 
-
+# %% ../nbs/01_bits.ipynb #a59a7421
 def known_coder(h: Header) -> entropy.Coder:
     "The coder that a file names; raises `BitsError` for one that this process does not know."
     try: return entropy.coder_with(h.coder, h.dim)
@@ -473,7 +475,7 @@ def write_bits(bits: Bits, file: str | os.PathLike, compress: bool = False) -> P
     with replacing(file) as part: part.write_bytes(pack(bits, compress))
     return Path(file)
 
-
+# %% ../nbs/01_bits.ipynb #1aff224e
 def read_bits(file: str | os.PathLike) -> Bits:
     "Read a file that `Bits.save` wrote; raises `FileNotFoundError` or `BitsError`, with the file's name."
     try:

@@ -46,7 +46,7 @@ def chain(
 
     return changed
 
-
+# %% ../nbs/04a_edits.ipynb #667bb2a1
 def edit(
     bits: Bits,
     *changes: Change,
@@ -65,7 +65,7 @@ def channels_of(
     if not 0 <= channel < plane.shape[-1]: raise BitsError(f"no channel {channel}: there are {plane.shape[-1]}, counted from 0")
     return slice(channel, channel + 1)
 
-
+# %% ../nbs/04a_edits.ipynb #969b6472
 @dataclass(frozen=True)
 class FlipShare:
     "Flip each bit of some scales with a probability; 1/2 makes them random."

@@ -41,7 +41,7 @@ def probabilities() -> np.ndarray:
         logits = [Decimal(2 * i + 1) / (2 * STEPS) for i in range(-LIMIT * STEPS, LIMIT * STEPS)]
         return np.array([int((ONE / (1 + (-x).exp())).to_integral_value()) for x in logits], np.float64)
 
-
+# %% ../nbs/00a_entropy.ipynb #14d37dcc
 def chances(
     logits: np.ndarray,  # whole numbers as float64, in multiples of 1 / ONE
 ) -> np.ndarray:  # the same shape: probabilities of a one, in multiples of 1 / ONE
@@ -49,9 +49,6 @@ def chances(
     return probabilities()[np.clip(np.floor(logits * (STEPS / ONE)) + LIMIT * STEPS, 0, 2 * LIMIT * STEPS - 1).astype(np.intp)]
 
 # %% ../nbs/00a_entropy.ipynb #4e926eb6
-NEXT = ((0, 1), (2, 1), (1, 0), (1, 2))  # four neighbours, as places in a plane with a border
-
-
 def nearest(
     plane: np.ndarray,  # (B, H, W, d)
     h: int,
@@ -60,6 +57,9 @@ def nearest(
     "Another scale's values at the nearest places of this one."
     H, W = plane.shape[1:3]
     return plane[:, (2 * np.arange(h) + 1) * H // (2 * h)][:, :, (2 * np.arange(w) + 1) * W // (2 * w)]
+
+# %% ../nbs/00a_entropy.ipynb #05b222bd
+NEXT = ((0, 1), (2, 1), (1, 0), (1, 2))  # four neighbours, as places in a plane with a border
 
 
 def neighbours(
@@ -70,7 +70,7 @@ def neighbours(
     wide = np.pad(plane, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return np.stack([wide[:, y : y + h, x : x + w] for y, x in NEXT], 3)
 
-
+# %% ../nbs/00a_entropy.ipynb #eece2ef5
 def features(
     signs: Sequence[np.ndarray],  # the scales before, (B, h_j, w_j, d), +1 or -1
     shape: tuple[int, ...],       # of this one, (B, h, w, d)
@@ -83,7 +83,7 @@ def features(
     old = sum(here[:-3], np.zeros(shape))
     return np.concatenate([np.ones((B, h, w, 1)), *known, old, near, np.zeros((B, h, w, d + 4))], 3).reshape(B * h * w, 9 * d + 5)
 
-
+# %% ../nbs/00a_entropy.ipynb #ed74212a
 def halves(shape: tuple[int, ...]) -> list[np.ndarray]:
     "The two colours of the chessboard, as positions in (B * h * w)."
     B, h, w, _ = shape
@@ -102,7 +102,7 @@ def kind_of(
     "0 for the first scale, then 1 for full size, 2 for half the area, ..."
     return 0 if k == 0 else 1 + min(KINDS - 2, round(math.log2(last[1] * last[2] / (shape[1] * shape[2]))))
 
-
+# %% ../nbs/00a_entropy.ipynb #e7b6a23b
 @dataclass(frozen=True, eq=False)
 class Coder:
     "Weights that guess bits."
@@ -114,7 +114,7 @@ class Coder:
     dim = property(lambda self: self.weights.shape[2], doc="Channels, d.")
     id = property(lambda self: zlib.crc32(self.weights.astype("<i4").tobytes()), doc="Tells coders apart.")
 
-
+# %% ../nbs/00a_entropy.ipynb #46323a86
 def blank(
     dim: int,
 ) -> Coder:
@@ -165,7 +165,7 @@ def cost(
     for _ in walk([p.shape for p in planes], coder, turn): pass
     return total
 
-
+# %% ../nbs/00a_entropy.ipynb #25a0cc8b
 def compress(
     planes: Sequence[np.ndarray],  # bool (B, h_k, w_k, d), coarse to fine
     coder: Coder,
@@ -180,7 +180,7 @@ def compress(
     for _ in walk([p.shape for p in planes], coder, turn): pass
     return writer.get_compressed().astype("<u4").tobytes()
 
-
+# %% ../nbs/00a_entropy.ipynb #4a1f5f43
 def decompress(
     data: bytes,                        # what `compress` returned, or its beginning
     shapes: Sequence[tuple[int, ...]],  # of the planes
@@ -195,9 +195,6 @@ def decompress(
     yield from walk(shapes, coder, turn)
 
 # %% ../nbs/00a_entropy.ipynb #d866f497
-ROWS = 60_000  # tokens of a kind and half that are used
-
-
 def examples(
     batches: Iterable[Sequence[np.ndarray]],  # planes of several batches of pictures
 ) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:  # by kind and half: what is known (n, 9 d + 5), its neighbours (n, 4, d), the signs (n, d)
@@ -212,6 +209,9 @@ def examples(
     return {key: tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)) for key, rows in found.items()}
 
 # %% ../nbs/00a_entropy.ipynb #95123cf2
+ROWS = 60_000  # tokens of a kind and half that are used
+
+
 def regress(
     known: np.ndarray,  # (n, 9 d + 5)
     near: np.ndarray,   # (n, 4, d)
@@ -251,13 +251,13 @@ def fit(
     return Coder(weights, tokenizer=tokenizer)
 
 # %% ../nbs/00a_entropy.ipynb #0c6e2aff
-KNOWN = []  # fitted coders that this process has met
-
-
 def save_coder(coder: Coder, file: str | os.PathLike) -> Path:
     "Write a fitted coder."
     with replacing(file) as part: part.write_bytes(save({"weights": (coder.weights * (1024 / ONE)).astype(np.int16)}, {"tokenizer": coder.tokenizer}))
     return Path(file)
+
+# %% ../nbs/00a_entropy.ipynb #4fc52583
+KNOWN = []  # fitted coders that this process has met
 
 
 def load_coder(file: str | os.PathLike) -> Coder:
@@ -269,19 +269,19 @@ def load_coder(file: str | os.PathLike) -> Coder:
     KNOWN[:] = [c for c in KNOWN if c.id != coder.id] + [coder]
     return coder
 
-
+# %% ../nbs/00a_entropy.ipynb #f7589084
 @cache
 def bundled_coder() -> Coder:
     "The coder of the tokenizer in the package."
     return load_coder(Path(__file__).parent / "assets" / "demo" / "coder.safetensors")
 
-
+# %% ../nbs/00a_entropy.ipynb #c0b018b2
 def coder_for(tokenizer: str | None, dim: int) -> Coder:
     "The newest coder that was fitted to a tokenizer, or one that learns."
     bundled_coder()
     return next((c for c in reversed(KNOWN) if c.tokenizer == tokenizer and c.dim == dim), None) or blank(dim)
 
-
+# %% ../nbs/00a_entropy.ipynb #9d38c2a1
 def coder_with(id: int, dim: int) -> Coder:
     "The coder with an id, 0 for the one that learns; raises `LookupError` for one that this process has not met."
     bundled_coder()

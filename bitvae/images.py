@@ -27,7 +27,7 @@ from torch import Tensor
 class ImageError(ValueError):
     "A picture that cannot be used; the message names the file, what is wrong, and what to do."
 
-
+# %% ../nbs/00_images.ipynb #71c4faf8
 def from_deep_grey(
     picture: Image.Image,  # mode I, I;16 or F
 ) -> Image.Image:  # mode L, or LA where a grey level means transparent
@@ -39,7 +39,7 @@ def from_deep_grey(
     if "transparency" in picture.info: eight.putalpha(Image.fromarray((grey != picture.info["transparency"]).astype(np.uint8) * 255))
     return eight
 
-
+# %% ../nbs/00_images.ipynb #3feee358
 def to_rgb(
     picture: Image.Image,  # any mode
 ) -> Image.Image:  # mode RGB, 8 bits per channel
@@ -60,7 +60,7 @@ class Encoded(NamedTuple):
 
     def __str__(self) -> str: return self.name
 
-
+# %% ../nbs/00_images.ipynb #7a1e3aaf
 @contextmanager
 def opened(
     file: str | os.PathLike | Encoded,
@@ -215,7 +215,7 @@ def error_map(
     "How far two pictures differ, averaged over the colours."
     return (gain * (y - x).abs().mean(1, keepdim=True) - 1).clamp(-1, 1).expand_as(x)
 
-
+# %% ../nbs/00_images.ipynb #35791427
 def difference(
     x: Tensor,         # (B, 3, H, W) in [-1, 1]
     y: Tensor,         # the same shape
@@ -229,7 +229,7 @@ def bundled_photographs() -> list[Path]:
     "The nine photographs in the package: these are for training."
     return sorted((Path(__file__).parent / "assets" / "photographs").glob("*.jpg"))
 
-
+# %% ../nbs/00_images.ipynb #5d96a278
 HELD_OUT = {
     "skimage": ("scikit-image", "data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")),
     "sklearn": ("scikit-learn", "datasets/images", ("china.jpg", "flower.jpg")),

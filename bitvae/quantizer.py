@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPERATURE', 'COMMITMENT', 'ENTROPY', 'Change', 'codes', 'straight_through', 'binary_entropy', 'over_ranks',
-           'ScaleLoss', 'scale_loss', 'area_resize', 'enlarge', 'Quantized', 'residual_pyramid', 'spread',
-           'scale_planes', 'latent_from_bits', 'prefix_latents', 'draw_kept', 'MultiScaleBSQ']
+           'ScaleLoss', 'scale_loss', 'area_resize', 'enlarge', 'residual_pyramid', 'spread', 'scale_planes',
+           'latent_from_bits', 'prefix_latents', 'draw_kept', 'kept_scales', 'Quantized', 'MultiScaleBSQ']
 
 # %% ../nbs/02_quantizer.ipynb #fb5cb8f2
 import math
@@ -38,11 +38,6 @@ def straight_through(
     return v + (codes(v > 0 if positive is None else positive) - v).detach()
 
 # %% ../nbs/02_quantizer.ipynb #e90d737b
-TEMPERATURE = 100.0    # inverse temperature T of the soft bits
-COMMITMENT = 0.25      # weight of the commitment term
-ENTROPY = 0.1          # weight of the entropy penalty
-
-
 def binary_entropy(p: Tensor) -> Tensor:
     "Entropy in nats of a bit that is 1 with probability p."
     return -p * torch.log(p + 1e-8) - (1 - p) * torch.log(1 - p + 1e-8)
@@ -67,6 +62,11 @@ class ScaleLoss(NamedTuple):
     sample_entropy: Tensor  # nats per token, small when bits are certain
     batch_entropy: Tensor   # nats, large when every channel uses both values
 
+# %% ../nbs/02_quantizer.ipynb #48761d17
+TEMPERATURE = 100.0    # inverse temperature T of the soft bits
+COMMITMENT = 0.25      # weight of the commitment term
+ENTROPY = 0.1          # weight of the entropy penalty
+
 
 def scale_loss(
     v: Tensor,  # unit vectors (B, d, h_k, w_k)
@@ -86,21 +86,13 @@ def area_resize(
     "Shrink the residual to one scale; the identity where it already fits."
     return r if r.shape[-2:] == size else F.adaptive_avg_pool2d(r, size)
 
-
+# %% ../nbs/02_quantizer.ipynb #bb01d988
 def enlarge(
     q: Tensor,   # codes of one scale (B, d, h_k, w_k)
     size: Size,  # (h, w)
 ) -> Tensor:  # (B, d, h, w), bilinear
     "Spread one scale over the full latent; the identity where it already fits."
     return q if q.shape[-2:] == size else F.interpolate(q, size=size, mode="bilinear", align_corners=False)
-
-# %% ../nbs/02_quantizer.ipynb #07b27306
-class Quantized(NamedTuple):
-    "What `MultiScaleBSQ` makes of a latent."
-
-    z: Tensor       # the sum of all kept scales (B, d, h, w), straight-through gradient
-    bits: Bits      # one plane per kept scale
-    losses: Tensor  # (kept scales,); zeros in eval mode
 
 # %% ../nbs/02_quantizer.ipynb #f5941950
 Change = Callable[[int, Tensor], Tensor]  # position of a scale, its plane bool (B, h_k, w_k, d) -> the plane to use instead
@@ -133,7 +125,7 @@ def spread(
     q = codes(plane.permute(0, 3, 1, 2))
     return enlarge(q.contiguous(memory_format=torch.channels_last), size)  # one layout, as rounding may depend on it
 
-
+# %% ../nbs/02_quantizer.ipynb #5a86b6b9
 def scale_planes(
     z: Tensor,                # latent (B, d, h, w), float32
     schedule: Sequence[Size], # the scales to use
@@ -159,7 +151,7 @@ def latent_from_bits(
     for plane in rest: total += spread(plane, bits.latent_size)
     return total
 
-
+# %% ../nbs/02_quantizer.ipynb #035939d3
 def prefix_latents(
     bits: Bits,
 ) -> list[Tensor]:  # K quantized latents (B, d, h, w), float32
@@ -176,6 +168,24 @@ def draw_kept(
     keep = (torch.rand(scales) >= drop_rate).tolist()
     if keep_last or not any(keep): keep[-1] = True
     return keep
+
+# %% ../nbs/02_quantizer.ipynb #fb03396b
+def kept_scales(
+    schedule: Schedule,
+    keep: Sequence[bool],  # one per scale
+) -> list[Size]:
+    "The scales that are not dropped; raises `ValueError` for a `keep` of another length, and where none is left."
+    if len(keep) != len(schedule) or not any(keep):
+        raise ValueError(f"keep must hold {len(schedule)} booleans, at least one true, got {list(keep)}")
+    return [scale for scale, k in zip(schedule, keep, strict=True) if k]
+
+# %% ../nbs/02_quantizer.ipynb #fa2d637d
+class Quantized(NamedTuple):
+    "What `MultiScaleBSQ` makes of a latent."
+
+    z: Tensor       # the sum of all kept scales (B, d, h, w), straight-through gradient
+    bits: Bits      # one plane per kept scale
+    losses: Tensor  # (kept scales,); zeros in eval mode
 
 # %% ../nbs/02_quantizer.ipynb #fa25e3b4
 class MultiScaleBSQ(nn.Module):
@@ -204,9 +214,7 @@ class MultiScaleBSQ(nn.Module):
         schedule, size = self.schedule(z), tuple(z.shape[-2:])
         if keep is None:
             keep = draw_kept(len(schedule), self.drop_rate, self.keep_last) if self.training else [True] * len(schedule)
-        if len(keep) != len(schedule) or not any(keep):
-            raise ValueError(f"keep must hold {len(schedule)} booleans, at least one true, got {list(keep)}")
-        kept = [scale for scale, k in zip(schedule, keep, strict=True) if k]
+        kept = kept_scales(schedule, keep)
         with torch.autocast(z.device.type, enabled=False):
             out, vs, planes = residual_pyramid(z.float(), kept, self.detach_residual, change)
             losses = torch.stack([scale_loss(v).loss for v in vs]) if self.training else out.new_zeros(len(vs))

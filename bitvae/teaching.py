@@ -23,7 +23,7 @@ class Teaching(NamedTuple):
     labels: tuple[Tensor, ...]  # of scales 1, ..., K: bool (B, h_k w_k, d); with patch 2 (B, h_k w_k / 4, 4 d)
     inputs: tuple[Tensor, ...]  # for scales 2, ..., K: float32, the same shapes
 
-
+# %% ../nbs/04b_teaching.ipynb #84de7745
 def as_tokens(
     x: Tensor,   # (B, d, h, w)
     patch: int,  # side of the squares that become one token
@@ -32,7 +32,7 @@ def as_tokens(
     if x.shape[-2] % patch or x.shape[-1] % patch: raise ValueError(f"a scale of {x.shape[-2]}x{x.shape[-1]} tokens cannot be cut into squares of {patch}x{patch}: use a schedule whose sides all can")
     return rearrange(x, "B d (h p) (w q) -> B (h w) (d p q)", p=patch, q=patch)
 
-
+# %% ../nbs/04b_teaching.ipynb #cbb6bc51
 def teaching(
     bits: Bits,
     change: Change | None = None,  # of the bits that inputs are made from, such as `FlipShare` or `RandomFlips`; later labels correct it
