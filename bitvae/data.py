@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'Source', 'Pictures', 'PLAIN', 'open_cached', 'IN_A_ROW', 'DataError', 'parse_line', 'read_list',
-           'image_files', 'labels_of', 'write_list', 'HubImages', 'hub_images', 'Shards', 'stream', 'open_source',
-           'fingerprint', 'CropRule', 'draw_square', 'cut', 'shift_colours', 'random_crop', 'shuffled', 'Crop',
-           'check_row', 'RandomCrops', 'as_tuple', 'draw_size', 'Plan', 'leave_group', 'iterating', 'collate',
-           'ShardCrops', 'PassSampler', 'batches']
+           'images_below', 'image_files', 'folder_classes', 'labels_of', 'write_list', 'HubImages', 'hub_images',
+           'shard_urls', 'Shards', 'stream', 'open_source', 'fingerprint', 'CropRule', 'draw_square', 'cut',
+           'shift_colours', 'random_crop', 'shuffled', 'Crop', 'check_row', 'passed_over', 'RandomCrops', 'as_tuple',
+           'draw_size', 'Plan', 'leave_group', 'iterating', 'collate', 'ShardCrops', 'PassSampler', 'batches']
 
 # %% ../nbs/06_data.ipynb #2d96b5d6
 import hashlib
@@ -35,7 +35,7 @@ from .images import Encoded, ImageError, bundled_photographs, held_out_photograp
 class DataError(ValueError):
     "A list, folder or file that cannot serve as data; the message names it and the remedy."
 
-
+# %% ../nbs/06_data.ipynb #59cffdfe
 def parse_line(
     line: str,     # one line of a list, not empty
     folder: Path,  # what relative paths are relative to
@@ -62,8 +62,19 @@ def read_list(
     if not paths: raise DataError(f"{file} lists no image")
     return paths
 
-# %% ../nbs/06_data.ipynb #7db856bb
+# %% ../nbs/06_data.ipynb #b818ab12
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
+
+
+def images_below(
+    folder: Path,
+) -> list[Path]:  # sorted
+    "All images in a folder and in those below it; raises `DataError` where there is none."
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+    if not files: raise DataError(f"no images in {folder}: looked for {' '.join(sorted(ENDINGS))}, in all folders below it")
+    return files
+
+# %% ../nbs/06_data.ipynb #7db856bb
 Source = str | os.PathLike | Sequence[str | os.PathLike]
 
 
@@ -77,13 +88,22 @@ def image_files(
     named = {"bundled": bundled_photographs, "held-out": held_out_photographs}
     if source in named: return named[source]()
     path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
-        if not files: raise DataError(f"no images in {path}: looked for {' '.join(sorted(ENDINGS))}, in all folders below it")
-        return files
+    if path.is_dir(): return images_below(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such images: {source}; give a folder, a list, an image, 'bundled' or 'held-out'")
     return read_list(path) if path.suffix.lower() in (".txt", ".list") else [path]
+
+# %% ../nbs/06_data.ipynb #6d205689
+def folder_classes(
+    files: Sequence[Path],  # in order
+    folder: Path,           # that they are from
+) -> list[str]:  # a number per file, or all empty
+    "Class labels from the folders that the pictures lie in; raises `DataError` where some lie in none."
+    within = [file.relative_to(folder).parts[:-1] for file in files]
+    if not any(within): return [""] * len(files)
+    if not all(within): raise DataError(f"some pictures in {folder} lie in class folders, and {files[within.index(())].name} does not: move it, or list the class folders alone")
+    classes = {name: str(n) for n, name in enumerate(sorted({parts[0] for parts in within}))}
+    return [classes[parts[0]] for parts in within]
 
 # %% ../nbs/06_data.ipynb #4fc76b54
 def labels_of(
@@ -92,16 +112,11 @@ def labels_of(
     labels: str | os.PathLike | None = None,  # a file with one number per line, for flat folders
 ) -> list[str]:  # a label per file, or all empty
     "Class labels, from a file or from the folders the pictures lie in; raises `DataError`."
-    if labels:
-        found = Path(labels).read_text().split()
-        if len(found) != len(files) or not all(n.isdigit() for n in found):
-            raise DataError(f"{labels} must hold one number for each of the {len(files)} pictures in {folder}, it holds {len(found)} words")
-        return found
-    within = [file.relative_to(folder).parts[:-1] for file in files]
-    if not any(within): return [""] * len(files)
-    if not all(within): raise DataError(f"some pictures in {folder} lie in class folders, and {files[within.index(())].name} does not: move it, or list the class folders alone")
-    classes = {name: str(n) for n, name in enumerate(sorted({parts[0] for parts in within}))}
-    return [classes[parts[0]] for parts in within]
+    if not labels: return folder_classes(files, folder)
+    found = Path(labels).read_text().split()
+    if len(found) != len(files) or not all(n.isdigit() for n in found):
+        raise DataError(f"{labels} must hold one number for each of the {len(files)} pictures in {folder}, it holds {len(found)} words")
+    return found
 
 # %% ../nbs/06_data.ipynb #b3a174ce
 def write_list(
@@ -156,6 +171,20 @@ def hub_images(
         rows = rows[split or "train"]
     return HubImages(rows)
 
+# %% ../nbs/06_data.ipynb #825ee997
+def shard_urls(
+    *sources: str,  # path, glob, pattern in braces, or URL
+) -> list[str]:
+    "The tar files that are meant; raises `FileNotFoundError`, or `ImportError` without the package."
+    try: from braceexpand import braceexpand
+    except ImportError as e: raise ImportError("tar shards need one more package: pip install 'bitvae[shards]'") from e
+    parts = [part for source in sources for part in braceexpand(source)]
+    urls = [url for part in parts for url in (sorted(glob(part)) if set("*?[") & set(part) and "://" not in part else [part])]
+    if not urls: raise FileNotFoundError(f"no such shards: {' '.join(sources)}")
+    for url in urls:
+        if "://" not in url and not Path(url).is_file(): raise FileNotFoundError(f"no such shard: {url}")
+    return urls
+
 # %% ../nbs/06_data.ipynb #3fc03412
 class Shards:
     "Pictures in tar files, read in a stream; raises `FileNotFoundError`, or `ImportError` without the package."
@@ -164,13 +193,7 @@ class Shards:
         self,
         *sources: str,  # path, glob, pattern in braces, or URL
     ):
-        try: from braceexpand import braceexpand
-        except ImportError as e: raise ImportError("tar shards need one more package: pip install 'bitvae[shards]'") from e
-        parts = [part for source in sources for part in braceexpand(source)]
-        self.urls = [url for part in parts for url in (sorted(glob(part)) if set("*?[") & set(part) and "://" not in part else [part])]
-        if not self.urls: raise FileNotFoundError(f"no such shards: {' '.join(sources)}")
-        for url in self.urls:
-            if "://" not in url and not Path(url).is_file(): raise FileNotFoundError(f"no such shard: {url}")
+        self.urls = shard_urls(*sources)
         named = [url if "://" in url else f"{Path(url).name} {Path(url).stat().st_size}" for url in self.urls]
         self.fingerprint = hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest()[:16]
 
@@ -288,10 +311,7 @@ def random_crop(
     x = cut(picture or opener(file, enough), square, size, full, mirror=u[4] < 0.5)
     return shift_colours(x, rng.random(4), rule.jitter) if rule.jitter else x
 
-# %% ../nbs/06_data.ipynb #70a1143d
-open_cached = lru_cache(maxsize=128)(open_image)  # for small sets; a photograph may be there in four sizes
-
-
+# %% ../nbs/06_data.ipynb #468f6ce1
 @lru_cache(maxsize=2)
 def shuffled(
     count: int,  # images
@@ -301,6 +321,9 @@ def shuffled(
     "The order of the images in one epoch."
     return np.random.default_rng([seed, 0, epoch]).permutation(count)
 
+# %% ../nbs/06_data.ipynb #70a1143d
+open_cached = lru_cache(maxsize=128)(open_image)  # for small sets; a photograph may be there in four sizes
+
 # %% ../nbs/06_data.ipynb #0ae85425
 class Crop(NamedTuple):
     "A crop, and what had to be passed over for it."
@@ -308,7 +331,7 @@ class Crop(NamedTuple):
     x: Tensor                                # (3, size, size), or a batch (B, 3, size, size), in [-1, 1]
     broken: tuple[tuple[str, str], ...] = () # names and reasons
 
-
+# %% ../nbs/06_data.ipynb #0464f6ce
 IN_A_ROW = 100
 
 
@@ -317,6 +340,15 @@ def check_row(
 ) -> None:
     "Raise `DataError` where it is no use to go on."
     if len(broken) >= IN_A_ROW: raise DataError(f"{IN_A_ROW} pictures in a row cannot be used, the last one: {broken[-1][1]}")
+
+# %% ../nbs/06_data.ipynb #e2ae66c9
+def passed_over(
+    file: Path | Encoded | str,  # or its number, where not even that could be had
+    e: Exception,                # what it raised
+) -> tuple[str, str]:  # name and reason
+    "What to report of a picture that cannot be used; raises `DataError` where its folder is gone."
+    if isinstance(file, Path) and not file.parent.exists(): raise DataError(f"the folder {file.parent} is gone: bring it back and resume") from e
+    return str(file), str(e) if str(file) in str(e) else f"{file}: {e}"
 
 # %% ../nbs/06_data.ipynb #aaf9c6ce
 class RandomCrops(Dataset):
@@ -343,9 +375,7 @@ class RandomCrops(Dataset):
             try:
                 file = self.files[order[i % len(order)]]
                 return Crop(random_crop(file, size, rng, self.rule, open_cached if self.cached else open_image), tuple(broken))
-            except (ImageError, OSError) as e:
-                if isinstance(file, Path) and not file.parent.exists(): raise DataError(f"the folder {file.parent} is gone: bring it back and resume") from e
-                broken.append((str(file), str(e) if str(file) in str(e) else f"{file}: {e}"))
+            except (ImageError, OSError) as e: broken.append(passed_over(file, e))
         check_row(broken)
         raise DataError(f"no picture can be used, the last one: {broken[-1][1]}")
 
@@ -391,7 +421,7 @@ def leave_group(worker: int = 0) -> None:
     "Let signals to the group of the main process pass by; called in each process that loads images."
     os.setpgid(0, 0)
 
-
+# %% ../nbs/06_data.ipynb #a8aeeb97
 @contextmanager
 def iterating(
     loader: DataLoader,
@@ -403,7 +433,7 @@ def iterating(
         # left to the garbage collector, as happens after errors, this can wait for seconds
         if loader.num_workers: it._shutdown_workers()
 
-
+# %% ../nbs/06_data.ipynb #a55d746e
 def collate(crops: Sequence[Crop]) -> Crop:
     "One batch of several crops."
     return Crop(torch.stack([c.x for c in crops]), tuple(b for c in crops for b in c.broken))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'CRITIC_RATE', 'PIXELS', 'GOES_ON', 'LAUNCHER', 'FORESEEN', 'set_latent_norm', 'resolved', 'start_tokenizer',
-           'start_critic', 'TrainingDiverged', 'adamw', 'update', 'Trainer', 'set_up', 'train_step', 'backward',
-           'step_seed', 'save_checkpoint', 'lay_out', 'load_checkpoint', 'validation_pictures', 'validate', 'agree',
-           'gathered', 'Interrupted', 'alive', 'StopSignals', 'naming_causes', 'time_left', 'progress', 'begin',
-           'crop_rule', 'announce', 'Recorder', 'train', 'add_arguments', 'train_from', 'main', 'ProcessesFailed',
-           'torchrun', 'arguments_for', 'run_processes', 'failure']
+           'start_critic', 'adamw', 'TrainingDiverged', 'update', 'set_up', 'prepared_critic', 'Trainer', 'step_seed',
+           'backward', 'train_step', 'parts_of', 'save_checkpoint', 'lay_out', 'load_checkpoint', 'validation_pictures',
+           'validate', 'agree', 'gathered', 'Interrupted', 'alive', 'StopSignals', 'naming_causes', 'time_left',
+           'progress', 'crop_rule', 'first_crops', 'begin', 'announce', 'crops_left', 'Recorder', 'step_of_all',
+           'train', 'add_arguments', 'train_from', 'main', 'ProcessesFailed', 'torchrun', 'arguments_for', 'who_failed',
+           'failure', 'launch_environment', 'run_processes']
 
 # %% ../nbs/08_training.ipynb #7fc98361
 import argparse
@@ -35,7 +36,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .architecture import PatchDiscriminator, checkpoint_activations, our_name
 from .bits import Bits
-from .data import CropRule, DataError, Pictures, Plan, Shards, Source, as_tuple, batches, image_files, iterating, open_source
+from .data import Crop, CropRule, DataError, Pictures, Plan, Shards, Source, as_tuple, batches, image_files, iterating, open_source
 from .estimate import Estimate, estimate
 from .images import held_out_photographs, load_image, save_image
 from .losses import Distance, discriminator_loss, generator_loss, perceptual_distance
@@ -98,11 +99,7 @@ def start_critic(
         weights = content and from_bytes(content["files"]["state.pt"]).get("image_disc")
     return weights and {our_name(name.removeprefix("module.")): w for name, w in weights.items()}
 
-# %% ../nbs/08_training.ipynb #4fc68627
-class TrainingDiverged(RuntimeError):
-    "The loss or the gradient became infinite or no number; the message says at which step and what is kept."
-
-
+# %% ../nbs/08_training.ipynb #7d517c53
 FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a fused AdamW
 
 
@@ -113,6 +110,10 @@ def adamw(
     "The published optimizer, for what is not frozen: AdamW, betas (0.9, 0.95), weight decay 0.01."
     trained = [p for p in module.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=trained[0].device.type in FUSED)
+
+# %% ../nbs/08_training.ipynb #4fc68627
+class TrainingDiverged(RuntimeError):
+    "The loss or the gradient became infinite or no number; the message says at which step and what is kept."
 
 # %% ../nbs/08_training.ipynb #0b2468e1
 def update(
@@ -129,6 +130,25 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+# %% ../nbs/08_training.ipynb #abb22fd8
+def set_up(tok: BitVAE, config: TrainConfig) -> BitVAE:
+    "Freeze, checkpoint and compile the networks as the recipe says."
+    if config.freeze != "none": getattr(tok, config.freeze).requires_grad_(False)
+    if config.activation_checkpointing: checkpoint_activations(tok)
+    for part in (tok.encoder, tok.decoder) if config.compile else (): part.compile()
+    return tok.train()
+
+# %% ../nbs/08_training.ipynb #125e762e
+def prepared_critic(
+    accelerator,                          # an `accelerate.Accelerator`
+    weights: Mapping[str, Tensor] | None, # to start with; None: random ones
+) -> nn.Module:
+    "A critic on its device, shared between the processes."
+    plain = PatchDiscriminator().train()
+    if weights: plain.load_state_dict(weights)
+    if accelerator.device.type == "cuda" and accelerator.num_processes > 1: plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+    return accelerator.prepare(plain.to(memory_format=torch.channels_last))
 
 # %% ../nbs/08_training.ipynb #49432ab5
 CRITIC_RATE = 2.0  # the critic's learning rate, as a multiple of the tokenizer's
@@ -154,10 +174,7 @@ class Trainer:
         self.perceptual = perceptual.to(device) if isinstance(perceptual, nn.Module) else perceptual
         self.critic = self.judge = self.critic_optimizer = None
         if config.discriminator_start is not None:
-            plain = PatchDiscriminator().train()
-            if critic: plain.load_state_dict(critic)
-            if device.type == "cuda" and accelerator.num_processes > 1: plain = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
-            self.critic = accelerator.prepare(plain.to(memory_format=torch.channels_last))
+            self.critic = prepared_critic(accelerator, critic)
             self.judge = accelerator.unwrap_model(self.critic)  # for the tokenizer's step, which needs no gradient of its weights
             self.critic_optimizer = adamw(self.judge, CRITIC_RATE * config.lr)
 
@@ -170,13 +187,26 @@ class Trainer:
         "For the networks; the quantizer leaves it, the losses are outside."
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/08_training.ipynb #abb22fd8
-def set_up(tok: BitVAE, config: TrainConfig) -> BitVAE:
-    "Freeze, checkpoint and compile the networks as the recipe says."
-    if config.freeze != "none": getattr(tok, config.freeze).requires_grad_(False)
-    if config.activation_checkpointing: checkpoint_activations(tok)
-    for part in (tok.encoder, tok.decoder) if config.compile else (): part.compile()
-    return tok.train()
+# %% ../nbs/08_training.ipynb #779e289e
+def step_seed(seed: int, step: int) -> int:
+    "The seed of all that is random in one step: the same for all processes, which must drop the same scales."
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+# %% ../nbs/08_training.ipynb #83c8f43e
+def backward(
+    accelerator,         # an `accelerate.Accelerator`
+    model: nn.Module,    # whose gradients the processes exchange
+    loss_of,             # one pass to its (loss, parts)
+    passes: Sequence,
+) -> tuple[Tensor, dict[str, Tensor]]:  # means over the passes
+    "Gradients of the mean loss of several passes."
+    losses, parts = [], []
+    for i, given in enumerate(passes):
+        with nullcontext() if i == len(passes) - 1 else accelerator.no_sync(model):
+            loss, more = loss_of(given)
+            accelerator.backward(loss / len(passes))
+        losses.append(loss.detach()); parts.append(more)
+    return torch.stack(losses).mean(), {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}
 
 # %% ../nbs/08_training.ipynb #a7a00639
 PIXELS = {"l1": F.l1_loss, "mse": F.mse_loss}
@@ -213,26 +243,11 @@ def train_step(
     t.done += 1
     return parts, made[-1][-1]
 
-# %% ../nbs/08_training.ipynb #83c8f43e
-def backward(
-    accelerator,         # an `accelerate.Accelerator`
-    model: nn.Module,    # whose gradients the processes exchange
-    loss_of,             # one pass to its (loss, parts)
-    passes: Sequence,
-) -> tuple[Tensor, dict[str, Tensor]]:  # means over the passes
-    "Gradients of the mean loss of several passes."
-    losses, parts = [], []
-    for i, given in enumerate(passes):
-        with nullcontext() if i == len(passes) - 1 else accelerator.no_sync(model):
-            loss, more = loss_of(given)
-            accelerator.backward(loss / len(passes))
-        losses.append(loss.detach()); parts.append(more)
-    return torch.stack(losses).mean(), {name: torch.stack([p[name] for p in parts]).mean() for name in parts[0]}
-
-# %% ../nbs/08_training.ipynb #779e289e
-def step_seed(seed: int, step: int) -> int:
-    "The seed of all that is random in one step: the same for all processes, which must drop the same scales."
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+# %% ../nbs/08_training.ipynb #914a5723
+def parts_of(t: Trainer) -> dict[str, nn.Module | torch.optim.Optimizer]:
+    "What has a state of its own beside the tokenizer, by its name in published checkpoints."
+    parts = {"opt_vae": t.optimizer, "image_disc": t.judge, "opt_image_disc": t.critic_optimizer}
+    return {name: part for name, part in parts.items() if part is not None}
 
 # %% ../nbs/08_training.ipynb #00ae0ba6
 def save_checkpoint(
@@ -241,14 +256,13 @@ def save_checkpoint(
     validation: float,  # loss
 ) -> None:
     "Write the state of a run, in one step, and remove what is too old."
-    parts = {"opt_vae": t.optimizer, "image_disc": t.judge, "opt_image_disc": t.critic_optimizer}
-    state = {name: part.state_dict() for name, part in parts.items() if part is not None} | {"step": t.done}
+    state = {name: part.state_dict() for name, part in parts_of(t).items()} | {"step": t.done}
     if t.average: state |= {"vae": t.tok.state_dict(), "averaged": int(t.average.n_averaged)}
     files = tokenizer_files(t.evaluated) | {"state.pt": to_bytes(state)}
     write_checkpoint(folder / f"step-{t.done:08}", files, {"step": t.done, "validation": validation})
     prune(folder, t.config.keep)
 
-
+# %% ../nbs/08_training.ipynb #ca13d024
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
     "Give moments the memory layout of their weights, which another device may have written in another one."
     for p, moments in optimizer.state.items():
@@ -264,11 +278,9 @@ def load_checkpoint(
     from safetensors.torch import load
 
     state, weights = from_bytes(files["state.pt"]), load(files["model.safetensors"])
-    parts = {"opt_vae": t.optimizer, "image_disc": t.judge, "opt_image_disc": t.critic_optimizer}
     try:
         t.tok.load_state_dict(state["vae"] if t.average else weights)
-        for name, part in parts.items():
-            if part is not None: part.load_state_dict(state[name])
+        for name, part in parts_of(t).items(): part.load_state_dict(state[name])
         if t.average: t.average.module.load_state_dict(weights); t.average.n_averaged.fill_(state["averaged"])
         for optimizer in filter(None, (t.optimizer, t.critic_optimizer)): lay_out(optimizer)
         t.done = int(state["step"])
@@ -313,7 +325,7 @@ def agree(
     v = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=accelerator.device) for x in values.values()])
     return dict(zip(values, accelerator.reduce(v, "mean").tolist(), strict=True))
 
-
+# %% ../nbs/08_training.ipynb #eedaa783
 def gathered(
     found: Sequence,  # of this process
     accelerator,
@@ -329,7 +341,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 GOES_ON = "running the same again goes on"
-LAUNCHER = "BITVAE_LAUNCHER"  # environment variable: the process that started torchrun
 
 # %% ../nbs/08_training.ipynb #9756ae21
 def alive(pid: int) -> bool:
@@ -340,6 +351,9 @@ def alive(pid: int) -> bool:
     except psutil.NoSuchProcess: return False
 
 # %% ../nbs/08_training.ipynb #be71f7c9
+LAUNCHER = "BITVAE_LAUNCHER"  # environment variable: the process that started torchrun
+
+
 class StopSignals:
     "While active, SIGINT and SIGTERM set `received` instead of ending the program at once."
 
@@ -404,6 +418,21 @@ def progress(
 
     return tqdm(total=config.steps, initial=done, desc=f"train {config.name}", unit="step", mininterval=0.5, dynamic_ncols=True, disable=not show)
 
+# %% ../nbs/08_training.ipynb #33565a49
+def crop_rule(config: TrainConfig) -> CropRule:
+    "How the recipe draws its squares."
+    return CropRule(config.max_zoom, config.whole, config.upscale, config.jitter)
+
+# %% ../nbs/08_training.ipynb #9acf48ce
+def first_crops(
+    config: TrainConfig,
+    processes: int,
+    pictures: Pictures,
+) -> Tensor:  # (B, 3, size, size), of all processes
+    "The crops of the first step, for `start_norm`."
+    crops = config.accumulate * processes * as_tuple(config.batch)[0]
+    return next(iter(batches(pictures, Plan(as_tuple(config.size)[0], crops, config.seed), range(1), crop_rule(config)))).x
+
 # %% ../nbs/08_training.ipynb #0390c4dc
 def begin(
     config: TrainConfig,
@@ -413,10 +442,8 @@ def begin(
     checkpoints: Path,
 ) -> Trainer:
     "The trainer at its first step, or at that of the newest good checkpoint."
-    rule, kept, first = crop_rule(config), newest_checkpoint(checkpoints), None
-    if kept is None and config.start_norm:
-        crops = config.accumulate * accelerator.num_processes * as_tuple(config.batch)[0]
-        first = next(iter(batches(pictures, Plan(as_tuple(config.size)[0], crops, config.seed), range(1), rule))).x
+    kept, first = newest_checkpoint(checkpoints), None
+    if kept is None and config.start_norm: first = first_crops(config, accelerator.num_processes, pictures)
     fresh = replace(config, start=None, start_norm=None) if kept else config
     critic = None if kept or config.discriminator_start is None else start_critic(config.start)
     t = Trainer(config, accelerator, start_tokenizer(fresh, first), perceptual, critic)
@@ -425,17 +452,23 @@ def begin(
     if len({*gathered([t.done], accelerator)}) > 1: raise OSError(f"{checkpoints} is not the same on all nodes: the folder of a run must lie on storage that they share")
     return t
 
-
-def crop_rule(config: TrainConfig) -> CropRule:
-    "How the recipe draws its squares."
-    return CropRule(config.max_zoom, config.whole, config.upscale, config.jitter)
-
 # %% ../nbs/08_training.ipynb #5400c65c
 def announce(t: Trainer, cost: Estimate, pictures: Pictures) -> None:
     "Say what the run costs, and where it goes on."
     print(cost)
     others = ", with other pictures of the shards" if isinstance(pictures, Shards) else ""
     if t.done: print(f"going on from step {t.done} of {t.config.steps}{others}")
+
+# %% ../nbs/08_training.ipynb #71a31bb6
+def crops_left(
+    t: Trainer,
+    pictures: Pictures,
+    workers: int = 0,  # processes that load images
+):  # a DataLoader, which yields a `Crop` per pass
+    "The crops of the steps that are still to do, for this process."
+    c, a = t.config, t.accelerator
+    plan = Plan(c.size, c.batch, c.seed, a.process_index, a.num_processes, c.accumulate)
+    return batches(pictures, plan, range(t.done, c.steps), crop_rule(c), workers)
 
 # %% ../nbs/08_training.ipynb #c2e59ac2
 class Recorder:
@@ -466,6 +499,19 @@ class Recorder:
         bar.update()  # only now, as nobody may be left to read it
         if len(self.seconds) == 20: bar.write(time_left(self.seconds[5:], c.steps - t.done, self.images, t.accelerator.num_processes))
 
+# %% ../nbs/08_training.ipynb #13639693
+def step_of_all(
+    t: Trainer,
+    crops: Sequence[Crop],  # of this process, one per pass
+    stop: StopSignals,
+) -> tuple[dict[str, float], Bits, bool, list[tuple[str, str]]]:  # losses, bits of its last pass, whether to stop, what could not be used
+    "One step of all processes, and what they have to agree on after it."
+    parts, bits = train_step(t, [c.x.to(t.accelerator.device, memory_format=torch.channels_last, non_blocking=True) for c in crops])
+    found = [b for c in crops for b in c.broken]
+    parts = agree(parts | {"stop": stop.check() is not None, "broken": len(found)}, t.accelerator)
+    stopped, any_found = parts.pop("stop") > 0, parts.pop("broken") > 0
+    return parts, bits, stopped, gathered(found, t.accelerator) if any_found else []
+
 # %% ../nbs/08_training.ipynb #d4bfc09b
 def train(
     config: TrainConfig,              # from `recipe`
@@ -488,20 +534,15 @@ def train(
     check_run(folder, record, resume)
     t = begin(config, accelerator, pictures, perceptual, folder / "checkpoints")
     if main: announce(t, cost, pictures)
-    plan = Plan(config.size, config.batch, config.seed, accelerator.process_index, processes, config.accumulate)
-    loader = batches(pictures, plan, range(t.done, config.steps), crop_rule(config), workers)
-    broken = Broken(folder, t.done, record["images"]["count"], config.max_broken)
+    loader, broken = crops_left(t, pictures, workers), Broken(folder, t.done, record["images"]["count"], config.max_broken)
 
     with open_run(folder, record, t.done) if main else nullcontext(), Log(folder, t.done, wandb) if main else nullcontext() as log, StopSignals() as stop, \
             progress(config, t.done, main) as bar, naming_causes(t, folder / "checkpoints"), iterating(loader) as crops_of_pass:  # fmt: skip
         write = Recorder(t, folder, log, seen, cost.images) if main else None
         while t.done < config.steps:
             start, crops = time.monotonic(), list(itertools.islice(crops_of_pass, config.accumulate))
-            parts, bits = train_step(t, [c.x.to(accelerator.device, memory_format=torch.channels_last, non_blocking=True) for c in crops])
-            found = [b for c in crops for b in c.broken]
-            parts = agree(parts | {"stop": stop.check() is not None, "broken": len(found)}, accelerator)
-            stopped = parts.pop("stop") > 0
-            if parts.pop("broken"): broken(t.done - 1, round(t.done * cost.images), gathered(found, accelerator), main)
+            parts, bits, stopped, found = step_of_all(t, crops, stop)
+            if found: broken(t.done - 1, round(t.done * cost.images), found, main)
             if main: write(parts, bits, time.monotonic() - start, stopped or t.done == config.steps, bar)
             if stopped and t.done < config.steps:
                 accelerator.wait_for_everyone()  # an end of any process makes torchrun stop the one that still writes
@@ -582,13 +623,43 @@ def arguments_for(
     line += ["--wandb", wandb] if wandb else []
     return line + [a for name, value in overrides.items() for a in ("--set", f"{name}={json.dumps(value)}")]
 
+# %% ../nbs/08_training.ipynb #82e65a48
+def who_failed(
+    said: str,  # the end of what the processes said
+    code: int,  # torchrun's exit code
+) -> str:
+    "The process that torchrun names as the first that failed."
+    root = said.rpartition("Root Cause")[2]
+    found = [re.search(rf"{what}\s*: (-?\d+)", root) for what in ("rank", "exitcode")]
+    return f"rank {found[0][1]} ended with exit code {found[1][1]}" if all(found) else f"torchrun ended with exit code {code}"
+
+# %% ../nbs/08_training.ipynb #52863c53
+def failure(
+    said: str,                # the end of what the processes said
+    code: int,                # torchrun's exit code
+    received: Sequence[str],  # signals that were passed on
+) -> BaseException:
+    "What to raise for processes that did not end well."
+    reasons = list(dict.fromkeys(re.findall(r"bitvae: (?:rank \d+: )?(.+)", said)))
+    stops = [r for r in reasons if GOES_ON in r]
+    if causes := [r for r in reasons if r not in stops]: return ProcessesFailed("; ".join(causes))
+    if received or stops: return Interrupted((stops or [f"stopped by {received[0]}"])[0])
+    return ProcessesFailed(f"{who_failed(said, code)}, and the others were stopped (-9: killed, often for want of memory); its last words are above. Running the same again goes on from what was written last")
+
+# %% ../nbs/08_training.ipynb #19254f44
+def launch_environment(
+    processes: int,  # on this machine
+) -> dict[str, str]:
+    "The environment variables for torchrun."
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
+    return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110", **os.environ, "OMP_NUM_THREADS": threads, LAUNCHER: str(os.getpid())}  # seconds to end a step and write
+
 # %% ../nbs/08_training.ipynb #cb8c20b1
 def run_processes(
     command: Sequence[str],  # from `torchrun` and `arguments_for`
 ) -> None:
     "Run a command, pass on what it says and the signals to stop; raises `Interrupted` or `ProcessesFailed`."
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // int(command[command.index("--nproc-per-node") + 1])))
-    env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110", **os.environ, "OMP_NUM_THREADS": threads, LAUNCHER: str(os.getpid())}  # seconds to end a step and write
+    env = launch_environment(int(command[command.index("--nproc-per-node") + 1]))
     process, received, tail = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, start_new_session=True), [], deque(maxlen=400)
     def pass_on(number: int, frame: object) -> None: received.append(signal.Signals(number).name); process.send_signal(number)
 
@@ -602,22 +673,6 @@ def run_processes(
         for s, handler in old.items(): signal.signal(s, handler)
         if process.poll() is None: process.terminate()
     if code: raise failure("".join(tail), code, received)
-
-# %% ../nbs/08_training.ipynb #52863c53
-def failure(
-    said: str,                # the end of what the processes said
-    code: int,                # torchrun's exit code
-    received: Sequence[str],  # signals that were passed on
-) -> BaseException:
-    "What to raise for processes that did not end well."
-    reasons = list(dict.fromkeys(re.findall(r"bitvae: (?:rank \d+: )?(.+)", said)))
-    stops = [r for r in reasons if GOES_ON in r]
-    if causes := [r for r in reasons if r not in stops]: return ProcessesFailed("; ".join(causes))
-    if received or stops: return Interrupted((stops or [f"stopped by {received[0]}"])[0])
-    root = said.rpartition("Root Cause")[2]
-    found = [re.search(rf"{what}\s*: (-?\d+)", root) for what in ("rank", "exitcode")]
-    who = f"rank {found[0][1]} ended with exit code {found[1][1]}" if all(found) else f"torchrun ended with exit code {code}"
-    return ProcessesFailed(f"{who}, and the others were stopped (-9: killed, often for want of memory); its last words are above. Running the same again goes on from what was written last")
 
 # %% ../nbs/08_training.ipynb #dc12eb97
 #| eval: false
