@@ -31,6 +31,7 @@ def test_notebook_is_fit_to_commit(notebook):
     assert (ROOT / notebook).stat().st_size < 1_000_000
     text = json.dumps([[c["source"], c.get("outputs")] for c in cells["cells"]])
     assert not [place for place in ("/home/", "/root/", "/Users/", str(ROOT)) if place in text]
+    assert "stderr" not in [o.get("name") for c in cells["cells"] for o in c.get("outputs", [])]  # progress bars and warnings
     if "experiments" in notebook:
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells["cells"]) == 1
 
