@@ -33,7 +33,7 @@ def rows_for(
     "How many rows of a picture to work on at a time; None: all, for pictures that are not large."
     return ROWS if size[0] * size[1] >= LARGE else None
 
-
+# %% ../nbs/10_codec.ipynb #ff8c1432
 def encode_file(
     tok: BitVAE,
     picture: str | os.PathLike,  # any file Pillow reads
@@ -47,7 +47,7 @@ def encode_file(
     bits.save(file, compress)
     return bits
 
-
+# %% ../nbs/10_codec.ipynb #bc210518
 def decode_file(
     tok: BitVAE,
     file: str | os.PathLike,     # of bits
@@ -95,7 +95,7 @@ def crops_as_bits(
         x = torch.stack([random_crop(files[rng.integers(len(files))], sizes[n % len(sizes)], rng, RULE) for _ in range(8)])
         yield [plane.numpy() for plane in tok.encode(x)]
 
-
+# %% ../nbs/10_codec.ipynb #857a698e
 def fit_coder(
     tok: BitVAE,
     images: Source = "bundled",

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from .evaluation import HIGHER, METRICS, rows_in
+from .evaluation import HIGHER, METRICS, rows_in, whole_row
 from .protocols import Protocol
 
 # %% ../nbs/09a_comparison.ipynb #fb45e9e3
@@ -30,7 +30,7 @@ def read_results(
     for entry in results["protocols"].values(): entry["rows"] = numbers(entry["rows"])
     return results
 
-
+# %% ../nbs/09a_comparison.ipynb #32a83d7f
 def numbers(value: object) -> object:
     "Give numbers that JSON does not have, and which are written by their names, back."
     if isinstance(value, dict): return {key: numbers(v) for key, v in value.items()}
@@ -44,7 +44,7 @@ def entries(
     "Every protocol of every result."
     return {f"{name}, {label}": (entry, results) for name, results in named.items() for label, entry in results["protocols"].items()}
 
-
+# %% ../nbs/09a_comparison.ipynb #eabe9fb7
 def protocol_table(
     named: Mapping[str, dict],  # results by name
 ) -> str:
@@ -67,7 +67,7 @@ def rank(
     if len(alike) > 1:
         first, *others = columns.items()
         raise ValueError("these results cannot be ranked: " + "; ".join(filter(None, (differences(first, other) for other in others))))
-    last = {name: [row for row in e["rows"].values() if "scales" in row][-1] for name, (e, _) in columns.items()}
+    last = {name: whole_row(e["rows"]) for name, (e, _) in columns.items()}
     if without := [name for name, row in last.items() if metric not in row]: raise ValueError(f"no {metric} in {', '.join(without)}: evaluate it with that metric, one of {', '.join(METRICS)}")
     return sorted(((name, float(row[metric])) for name, row in last.items()), key=lambda pair: pair[1], reverse=metric in HIGHER)
 
@@ -103,7 +103,7 @@ PUBLISHED = {  # weights -> size -> metric
     "infinity_vae_d32reg": {256: {"fid": 0.75, "psnr": 21.9}, 512: {"fid": 0.32, "psnr": 23.6}},
 }
 
-
+# %% ../nbs/09a_comparison.ipynb #106773f3
 def published_table(
     measured: Mapping[str, dict] | None = None,  # results under the protocol `published`, by the weights' name
 ) -> str:  # Markdown
@@ -112,7 +112,7 @@ def published_table(
     for name, sizes in PUBLISHED.items():
         for size, row in sizes.items():
             results = (measured or {}).get(name, {"protocols": {}})
-            mine = [r for r in rows_in(results, f"published {size}").values() if "scales" in r][-1] if f"published {size}" in results["protocols"] else {}
+            mine = whole_row(rows_in(results, f"published {size}")) if f"published {size}" in results["protocols"] else {}
             count = len(results.get("images", ()))
             of = "" if count == 50_000 else f" ({count:,} pictures)"  # the published ones are of 50,000
             cells = [cell for metric, value in row.items() for cell in (f"{value:.2f}" if metric == "fid" else f"{value:.1f}", f"{mine[metric]:.2f}{of}" if metric in mine else "")]

@@ -83,7 +83,7 @@ PROTOCOLS = {
     )
 }
 
-
+# %% ../nbs/08a_protocols.ipynb #7ac06684
 def protocol(
     name: str,    # one of `PROTOCOLS`
     **overrides,  # fields of `Protocol`; all but size are added to its name
@@ -104,7 +104,7 @@ def protocol_hash(p: Protocol) -> str:
     values = {key: v for key, v in asdict(p).items() if key != "name"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/08a_protocols.ipynb #3c47410e
 def crop_key(p: Protocol) -> str:
     "How pictures are cut, as a word; the same for protocols that can share them."
     return f"{p.resize}{'' if p.antialias else '-aliased'}{'-halved' if p.halve else ''}-{p.size}"
@@ -139,7 +139,7 @@ def check_pair(x: Tensor, y: Tensor) -> None:
     if x.shape != y.shape: raise ValueError(f"pictures and reconstructions differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
     if not (torch.isfinite(x).all() and torch.isfinite(y).all()): raise ValueError("pictures to compare hold values that are no numbers")
 
-
+# %% ../nbs/08a_protocols.ipynb #cad47600
 def as_arrays(
     x: Tensor,  # (B, 3, H, W)
     y: Tensor,  # the same shape

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['VERSION', 'READERS', 'FORMS', 'Item', 'units_of', 'items_in', 'check_end', 'Picture', 'read_picture', 'read_ahead',
            'Sample', 'samples_of', 'add_file', 'write_tar', 'Token', 'index_tar', 'read_part', 'read_tar',
-           'sort_header', 'row_bytes', 'write_rows', 'opened_rows', 'index_rows', 'read_row', 'index_of', 'read_token',
-           'checksum', 'write_shard', 'check_options', 'check_job', 'tokenize', 'labels_for', 'put_together',
-           'read_manifest', 'verify', 'TokenDataset', 'collate', 'add_arguments', 'tokenize_from', 'main']
+           'sort_header', 'row_bytes', 'pack_row', 'write_rows', 'opened_rows', 'index_rows', 'read_row', 'index_of',
+           'read_token', 'checksum', 'write_shard', 'check_options', 'check_job', 'job_of', 'sole_run', 'labels_for',
+           'put_together', 'tokenize', 'read_manifest', 'verify', 'TokenDataset', 'collate', 'add_arguments',
+           'tokenize_from', 'main']
 
 # %% ../nbs/10e_tokens.ipynb #9a479b40
 import argparse
@@ -21,7 +22,7 @@ import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ class Item(NamedTuple):
     label: str              # class, or empty
     source: str = ""        # its name in a tar
 
-
+# %% ../nbs/10e_tokens.ipynb #e93bfb72
 def units_of(
     pictures: Pictures,       # from `open_source`
     labels: Sequence[str],    # one per picture, for files
@@ -72,7 +73,7 @@ def units_of(
 
     return [lambda start=start: part(start) for start in range(0, len(pictures), per_shard)]
 
-
+# %% ../nbs/10e_tokens.ipynb #9057fb0a
 def items_in(url: str, start: str) -> Iterator[Item]:
     "The pictures of a tar file in their order, keys begun anew, with the class in KEY.cls where there is one."
     from webdataset import DataPipeline, SimpleShardList, tarfile_to_samples
@@ -86,7 +87,7 @@ def items_in(url: str, start: str) -> Iterator[Item]:
             if ending: yield Item(f"{start}{n:06d}", Encoded(f"{url}/{name}.{ending}", sample[ending]), label, name)
     except tarfile.TarError as e: raise DataError(f"{url} is no tar file that can be read to its end ({e}): fetch it again") from e
 
-
+# %% ../nbs/10e_tokens.ipynb #a2d1792a
 def check_end(url: str) -> None:
     "Raise `DataError` for a plain tar file on disk that lacks its end: readers take that for the end of the pictures."
     file = Path(url)
@@ -103,7 +104,7 @@ class Picture(NamedTuple):
     x: Image.Image | Exception  # size x size pixels, or why there is none
     size: Size = (0, 0)         # (H, W) of the upright picture before it was resized and cropped
 
-
+# %% ../nbs/10e_tokens.ipynb #d522311b
 def read_picture(
     item: Item,
     size: int,  # side of the centre crop, pixels
@@ -115,7 +116,7 @@ def read_picture(
         return Picture(item, center_crop(picture, size), (picture.height, picture.width))
     except (ValueError, OSError, MemoryError) as e: return Picture(item, e)
 
-
+# %% ../nbs/10e_tokens.ipynb #8a40caa1
 def read_ahead(
     items: Iterable[Item],
     size: int,      # side of the centre crop, pixels
@@ -141,7 +142,7 @@ class Sample(NamedTuple):
     bits: Bits          # of this one
     z: Tensor | None    # its latent, float16 (1, d, h, w), if it is kept
 
-
+# %% ../nbs/10e_tokens.ipynb #8a52be42
 def samples_of(
     tok: BitVAE,
     batches: Iterable[list[Picture]],
@@ -169,7 +170,7 @@ def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
 
-
+# %% ../nbs/10e_tokens.ipynb #bcd156ee
 def write_tar(
     file: Path,
     samples: Iterable[Sample],
@@ -196,7 +197,7 @@ class Token(NamedTuple):
     key: str
     z: Tensor | None = None  # its latent, float16 (1, d, h, w), where the shards keep them
 
-
+# %% ../nbs/10e_tokens.ipynb #366c535a
 def index_tar(
     file: Path,  # a shard
 ) -> dict[str, dict[str, tuple[int, int]]]:  # by key and ending: where that begins, and how many bytes it has
@@ -219,7 +220,7 @@ def read_part(file: Path, start: int, length: int) -> bytes:
         f.seek(start)
         return f.read(length)
 
-
+# %% ../nbs/10e_tokens.ipynb #24ef33d1
 def read_tar(
     file: Path,
     key: str,
@@ -241,12 +242,19 @@ def sort_header(file: Path) -> None:
         f.seek(8)
         f.write(header.ljust(length))
 
-
+# %% ../nbs/10e_tokens.ipynb #19c09bc2
 def row_bytes(schedule: Sequence[Size], dim: int) -> int:
     "Bytes of a picture's bits."
     return -(-sum(h * w for h, w in schedule) * dim // 8)
 
+# %% ../nbs/10e_tokens.ipynb #fd415d72
+def pack_row(
+    bits: Bits,  # of one picture
+) -> np.ndarray:  # uint8 (bytes,), see `row_bytes`
+    "The planes coarse to fine, one bit per bit."
+    return np.packbits(np.concatenate([plane.numpy().ravel() for plane in bits]))
 
+# %% ../nbs/10e_tokens.ipynb #e1cb63ff
 def write_rows(
     file: Path,
     samples: Iterable[Sample],
@@ -258,7 +266,7 @@ def write_rows(
     schedule = scale_schedule(side, side, tok.quantizer.mode)
     for s in samples:
         keys.append(s.key); facts.append(s.facts)
-        rows.append(np.packbits(np.concatenate([plane.numpy().ravel() for plane in s.bits])))
+        rows.append(pack_row(s.bits))
         if s.z is not None: latents.append(s.z)
     tensors = {"bits": torch.from_numpy(np.stack([*rows, np.zeros(row_bytes(schedule, dim), np.uint8)])[:-1]),  # of no pictures, too
                "labels": torch.tensor([int(fact["label"] or -1) for fact in facts], dtype=torch.int64)}  # fmt: skip
@@ -284,7 +292,7 @@ def opened_rows(
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise BitsError(f"{file} is no shard of bits that can be read ({e}): remove it and tokenize again") from e
 
-
+# %% ../nbs/10e_tokens.ipynb #d8577f9d
 def index_rows(
     file: Path,  # a shard
 ) -> dict[str, int]:  # by key: the row
@@ -298,7 +306,7 @@ def index_rows(
         if len({*keys}) < len(keys): raise ValueError("a key is there twice")
     return {key: i for i, key in enumerate(keys)}
 
-
+# %% ../nbs/10e_tokens.ipynb #fc00060d
 def read_row(
     file: Path,
     key: str,
@@ -320,12 +328,12 @@ def index_of(file: Path) -> dict[str, object]:
     "By key, where a shard keeps each picture; raises `BitsError` for what is no shard."
     return READERS[file.suffix][0](file)
 
-
+# %% ../nbs/10e_tokens.ipynb #f6440221
 def read_token(file: Path, key: str, place: object) -> Token:
     "The picture that lies there; raises `BitsError` with the file's name."
     return READERS[file.suffix][1](file, key, place)
 
-
+# %% ../nbs/10e_tokens.ipynb #65ca5048
 def checksum(file: Path) -> str:
     "SHA-256 of a file, as text."
     with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -357,7 +365,7 @@ def check_options(form: str, compress: bool, **numbers: int) -> None:
     if compress and form != "tar": raise ValueError(f"{form} keeps pictures in rows of one length, and compressed bits have many: leave out compress, or use form 'tar'")
     if low := [f"{name} {value}" for name, value in numbers.items() if value < 1]: raise ValueError(f"{', '.join(low)}: at least 1 is needed")
 
-
+# %% ../nbs/10e_tokens.ipynb #d5541119
 def check_job(folder: Path, job: dict) -> None:
     "Keep what is being done; raises `ValueError` where the folder holds something else."
     file = folder / "job.json"
@@ -367,6 +375,56 @@ def check_job(folder: Path, job: dict) -> None:
     if other := [key for key in job if there.get(key) != job[key]]:
         raise ValueError(f"{folder} holds shards made with other {', '.join(other)} (there {there.get(other[0])!r}, here {job[other[0]]!r}): choose another folder, or remove it")
     with replacing(file) as part: part.write_text(json.dumps(job, indent=1) + "\n")
+
+# %% ../nbs/10e_tokens.ipynb #a961e2f7
+def job_of(
+    tok: BitVAE,
+    pictures: Pictures,
+    labels: Sequence[str],  # see `labels_for`
+    size: int,
+    per_shard: int,
+    compress: bool,
+    form: str,
+    latents: bool,
+) -> dict:
+    "What a folder of shards is about."
+    coder = coder_for(tok.fingerprint, tok.config.dim)
+    return {"version": VERSION, "tokenizer": tok.fingerprint, "config": json.loads(json.dumps(asdict(tok.config))), "pictures": fingerprint(pictures),
+            "labels": hashlib.sha256("\n".join(labels).encode()).hexdigest()[:16], "size": size, "per_shard": per_shard, "compress": compress, "form": form, "latents": latents,
+            "coder": coder.id if compress and not coder.learns else 0}  # fmt: skip
+
+# %% ../nbs/10e_tokens.ipynb #32fe7fda
+@contextmanager
+def sole_run(
+    folder: Path,  # made if it is not there
+) -> Iterator[None]:
+    "Keep a folder for this run until the block ends; raises `ValueError` while another run has it."
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try: lock.acquire(timeout=0)
+    except Timeout: raise ValueError(f"another run is at work in {folder}: wait for it, or choose another folder") from None
+    try: yield
+    finally: lock.release()  # also where a notebook keeps what was raised
+
+# %% ../nbs/10e_tokens.ipynb #4dc671f7
+def labels_for(pictures: Pictures, images: Source, labels: str | os.PathLike | None) -> Sequence[str]:
+    "A label per picture, or empty ones; tar shards carry their own."
+    if isinstance(pictures, Shards) and labels: raise ValueError("tar shards carry their own labels, in KEY.cls")
+    if isinstance(pictures, Shards): return []
+    if isinstance(images, str | os.PathLike) and Path(images).is_dir(): return labels_of(pictures, Path(images), labels)
+    if labels: raise ValueError("a file of labels goes with a folder of pictures")
+    if isinstance(images, str | os.PathLike) and Path(images).suffix.lower() in (".txt", ".list"):
+        lines = [line.strip() for line in Path(images).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        return [found[1] if (found := re.search(r"[^\s\d]\S*\s+(\d+)$", line)) else "" for line in lines]
+    return [""] * len(pictures)
+
+# %% ../nbs/10e_tokens.ipynb #0bd8921a
+def put_together(folder: Path, job: dict, names: Sequence[Path]) -> dict:
+    "The manifest, from the records."
+    shards = [json.loads(name.with_suffix(".json").read_text()) for name in names]
+    manifest = job | {"count": sum(s["count"] for s in shards), "failed": sum(len(s["failed"]) for s in shards), "bytes": sum(s["bytes"] for s in shards), "shards": shards}
+    with replacing(folder / "manifest.json") as part: part.write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
 
 # %% ../nbs/10e_tokens.ipynb #73867adb
 def tokenize(
@@ -388,17 +446,11 @@ def tokenize(
     check_options(form, compress, size=size, per_shard=per_shard, batch=batch, workers=workers)
     pictures = open_source(images)
     named = labels_for(pictures, images, labels)
-    job = {"version": VERSION, "tokenizer": tok.fingerprint, "config": json.loads(json.dumps(asdict(tok.config))), "pictures": fingerprint(pictures),
-           "labels": hashlib.sha256("\n".join(named).encode()).hexdigest()[:16], "size": size, "per_shard": per_shard, "compress": compress, "form": form, "latents": latents, "coder": 0}  # fmt: skip
-    coder = coder_for(tok.fingerprint, tok.config.dim)
-    if compress and not coder.learns: job["coder"] = coder.id
-    lock = FileLock(folder / ".lock")
-    try:
+    job = job_of(tok, pictures, named, size, per_shard, compress, form, latents)
+    with sole_run(folder) if rank == 0 else nullcontext():
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
             check_job(folder, job)
-            if job["coder"]: save_coder(coder, folder / CODER)  # whoever reads the bits needs it
+            if job["coder"]: save_coder(coder_for(tok.fingerprint, tok.config.dim), folder / CODER)  # whoever reads the bits needs it
         wait_for_all()
         units = units_of(pictures, named, per_shard)
         names = [folder / f"shard-{i:06d}.{form}" for i in range(len(units))]
@@ -407,28 +459,6 @@ def tokenize(
             for i in mine: write_shard(tok, units[i](), names[i], size, batch, workers, compress, latents, bar.update)
         wait_for_all()
         return put_together(folder, job, names) if rank == 0 else {}
-    except Timeout: raise ValueError(f"another run is at work in {folder}: wait for it, or choose another folder") from None
-    finally: lock.release()  # also where a notebook keeps what was raised
-
-# %% ../nbs/10e_tokens.ipynb #e973cace
-def labels_for(pictures: Pictures, images: Source, labels: str | os.PathLike | None) -> Sequence[str]:
-    "A label per picture, or empty ones; tar shards carry their own."
-    if isinstance(pictures, Shards) and labels: raise ValueError("tar shards carry their own labels, in KEY.cls")
-    if isinstance(pictures, Shards): return []
-    if isinstance(images, str | os.PathLike) and Path(images).is_dir(): return labels_of(pictures, Path(images), labels)
-    if labels: raise ValueError("a file of labels goes with a folder of pictures")
-    if isinstance(images, str | os.PathLike) and Path(images).suffix.lower() in (".txt", ".list"):
-        lines = [line.strip() for line in Path(images).read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        return [found[1] if (found := re.search(r"[^\s\d]\S*\s+(\d+)$", line)) else "" for line in lines]
-    return [""] * len(pictures)
-
-
-def put_together(folder: Path, job: dict, names: Sequence[Path]) -> dict:
-    "The manifest, from the records."
-    shards = [json.loads(name.with_suffix(".json").read_text()) for name in names]
-    manifest = job | {"count": sum(s["count"] for s in shards), "failed": sum(len(s["failed"]) for s in shards), "bytes": sum(s["bytes"] for s in shards), "shards": shards}
-    with replacing(folder / "manifest.json") as part: part.write_text(json.dumps(manifest, indent=1) + "\n")
-    return manifest
 
 # %% ../nbs/10e_tokens.ipynb #c1961ce4
 def read_manifest(folder: str | os.PathLike) -> dict:
@@ -441,7 +471,7 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     if (Path(folder) / CODER).exists(): load_coder(Path(folder) / CODER)
     return manifest
 
-
+# %% ../nbs/10e_tokens.ipynb #bee27a61
 def verify(folder: str | os.PathLike) -> dict:
     "Read everything: checksums, every picture's bits, no key twice; returns the manifest, or raises what is wrong."
     manifest, keys = read_manifest(folder), set()
@@ -480,7 +510,7 @@ class TokenDataset(Dataset):
         if name not in self.indices: self.indices[name] = list(index_of(self.folder / name).items())
         return read_token(self.folder / name, *self.indices[name][n])
 
-
+# %% ../nbs/10e_tokens.ipynb #9ee3d44d
 def collate(
     tokens: Sequence[Token],
 ) -> tuple[Bits, Tensor] | tuple[Bits, Tensor, Tensor]:  # of the batch; classes (B,), int64; latents (B, d, h, w), where they are kept
@@ -507,7 +537,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--form", choices=FORMS, default="tar", help="of the shards")
     parser.add_argument("--latents", action="store_true", help="keep them too, for labels after flips that are exact")
 
-
+# %% ../nbs/10e_tokens.ipynb #2d69ec63
 def tokenize_from(args: argparse.Namespace) -> dict:
     "What the arguments ask for."
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
@@ -515,7 +545,7 @@ def tokenize_from(args: argparse.Namespace) -> dict:
     images = args.images[0] if len(args.images) == 1 else args.images
     return tokenize(tok, images, args.folder, args.size, args.per_shard, args.batch, args.workers, args.compress, args.labels, args.form, args.latents)
 
-
+# %% ../nbs/10e_tokens.ipynb #80bc3600
 def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     "Tokenize as the command line says, as one of several processes under torchrun; errors that were foreseen are one line."
     parser = argparse.ArgumentParser("bitvae.tokens", description="Tokenize a data set, in this process or, under torchrun, as one of several.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAP', 'PlaneGrid', 'grid_of', 'draw_planes', 'bit_at', 'plot_bit_planes', 'rgb_of_planes', 'residual_energy',
-           'usage_of', 'plot_scale', 'Sensitivity', 'flips_to_try', 'sensitivity', 'plot_sensitivity',
-           'rate_distortion', 'plot_rate_distortion']
+           'plot_energy', 'usage_of', 'plot_channels', 'plot_scale', 'Sensitivity', 'flips_to_try', 'sensitivity',
+           'plot_sensitivity', 'rate_distortion', 'plot_rate_distortion']
 
 # %% ../nbs/10a_views.ipynb #45c1547f
 import math
@@ -41,7 +41,7 @@ class PlaneGrid:
     size = property(lambda self: (self.rows * (self.h * self.zoom + self.gap) - self.gap,
                                   self.columns * (self.w * self.zoom + self.gap) - self.gap), doc="Height and width, pixels.")  # fmt: skip
 
-
+# %% ../nbs/10a_views.ipynb #01ecc99f
 def grid_of(
     plane: Tensor,                # bool (h, w, d)
     channel: int | None = None,   # only this one; None: all
@@ -71,7 +71,7 @@ def draw_planes(
         picture[top : top + grid.h * z, left : left + grid.w * z] = bits * np.uint8(255)
     return picture
 
-
+# %% ../nbs/10a_views.ipynb #85d567a8
 def bit_at(
     grid: PlaneGrid,
     x: float,  # from the left, 0 to 1
@@ -123,11 +123,31 @@ def residual_energy(
     parts = [torch.zeros_like(z)] + [latent_from_bits(bits[:k]).to(z) for k in range(1, len(bits) + 1)]
     return [(z - part).square().sum(1).mean().item() for part in parts]
 
+# %% ../nbs/10a_views.ipynb #d46dca6f
+def plot_energy(
+    ax,                       # matplotlib's
+    energy: Sequence[float],  # from `residual_energy`
+    scale: int,               # position, from 0
+) -> None:
+    "Draw the energies, dark what is left after one scale."
+    ax.bar(range(len(energy)), energy, color=["0.1" if k == scale + 1 else "0.75" for k in range(len(energy))])
+    ax.set_xlabel("scales"); ax.set_title("energy of the residual", fontsize=9)
 
+# %% ../nbs/10a_views.ipynb #fba40bbb
 def usage_of(bits: Bits) -> list[dict]:
     "Share of ones, entropy and correlations of each scale, see `describe_usage`."
     count_bits(usage := [], bits)
     return [describe_usage(u) for u in usage]
+
+# %% ../nbs/10a_views.ipynb #f27d9f56
+def plot_channels(
+    ax,           # matplotlib's
+    usage: dict,  # of one scale, from `usage_of`
+) -> None:
+    "Draw each channel's share of ones, and its entropy."
+    channels = range(len(usage["entropy"]))
+    ax.bar(channels, usage["share_of_ones"], color="0.75", label="share of ones"); ax.plot(channels, usage["entropy"], "o-", color="black", ms=3, label="entropy, bits")
+    ax.axhline(0.5, lw=0.8, ls=":", color="black"); ax.set_ylim(0, 1.3); ax.set_xlabel("channel"); ax.legend(fontsize=7, ncols=2, loc="upper center")
 
 # %% ../nbs/10a_views.ipynb #24b9447b
 def plot_scale(
@@ -143,18 +163,14 @@ def plot_scale(
     bits = bits or tok.encode(x)
     after = tok.decode(bits[: scale + 1])
     before = tok.decode(bits[:scale]) if scale else torch.zeros_like(after)
-    usage, energy, (h, w) = usage_of(bits)[scale], residual_energy(z, bits), bits.schedule[scale]
+    h, w = bits.schedule[scale]
     fig, axes = plt.subplots(2, 3, figsize=(6, 4), layout="constrained")
     for ax, picture, name in zip(axes[0], (before, difference(before, after), after), (f"{scale} scales", f"scale {scale + 1} ({h}x{w}) adds", f"{scale + 1} scales"), strict=True):
         ax.imshow(to_image(picture)); ax.axis("off"); ax.set_title(name, fontsize=9)
     planes, plane = axes[1][0], bits.planes[scale][0]
     planes.imshow(draw_planes(grid_of(plane), plane), cmap="gray", vmin=0, vmax=255); planes.axis("off"); planes.set_title("bit planes", fontsize=9)
-    channels, ax = range(bits.dim), axes[1][1]
-    ax.bar(channels, usage["share_of_ones"], color="0.75", label="share of ones"); ax.plot(channels, usage["entropy"], "o-", color="black", ms=3, label="entropy, bits")
-    ax.axhline(0.5, lw=0.8, ls=":", color="black"); ax.set_ylim(0, 1.3); ax.set_xlabel("channel"); ax.legend(fontsize=7, ncols=2, loc="upper center")
-    ax = axes[1][2]
-    ax.bar(range(len(energy)), energy, color=["0.1" if k == scale + 1 else "0.75" for k in range(len(energy))])
-    ax.set_xlabel("scales"); ax.set_title("energy of the residual", fontsize=9)
+    plot_channels(axes[1][1], usage_of(bits)[scale])
+    plot_energy(axes[1][2], residual_energy(z, bits), scale)
     plt.close(fig)
     return fig
 
@@ -168,7 +184,7 @@ class Sensitivity:
     done: int                               # bits tried
     total: int                              # bits to try
 
-
+# %% ../nbs/10a_views.ipynb #b8c72452
 def flips_to_try(
     bits: Bits,
     samples: int,  # per scale and channel; a scale with fewer tokens has as many as those
@@ -182,7 +198,7 @@ def flips_to_try(
             flips += [FlipBit(k, int(p) // w, int(p) % w, c) for p in places]
     return flips
 
-
+# %% ../nbs/10a_views.ipynb #0bfe18c0
 def sensitivity(
     tok: BitVAE,
     bits: Bits,        # of one picture
@@ -234,7 +250,7 @@ def rate_distortion(
     files = dict.fromkeys((took, decibels(y[None].to(x))) for y, took in (jpeg(x[0], r) for r in rates))
     return ours, [(took * pixels / 8, quality) for took, quality in files]
 
-
+# %% ../nbs/10a_views.ipynb #f6e8e709
 def plot_rate_distortion(
     tok: BitVAE,
     x: Tensor,  # (1, 3, H, W) in [-1, 1]

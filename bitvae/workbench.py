@@ -53,12 +53,12 @@ class Photograph(NamedTuple):
     name = property(lambda self: Path(str(self.file)).name, doc="Without folders.")
     def code(self, size: int | None) -> str: "Python that reads it."; return f"load_image({self.python}{'' if size is None else f', {size}'})"
 
-
+# %% ../nbs/10b_workbench.ipynb #df12d92c
 def photograph(file: str | os.PathLike) -> Photograph:
     "A file, by its path."
     return Photograph(file, repr(str(file)))
 
-
+# %% ../nbs/10b_workbench.ipynb #c38c55bb
 def known_photographs() -> list[Photograph]:
     "The held-out ones of scikit-image, and those in the package."
     return ([Photograph(f, f'held_out_photographs(["skimage"])[{i}]') for i, f in enumerate(held_out_photographs(["skimage"]))]
@@ -74,7 +74,7 @@ class State:
     correct: bool = False                    # later scales were quantized after the edits
     pictures: dict[int, Tensor] = field(default_factory=dict)  # by number of scales: (1, 3, H, W) uint8
 
-
+# %% ../nbs/10b_workbench.ipynb #229e4e3e
 class Workbench:
     "A picture, its bits, and what is done to them."
 
@@ -113,27 +113,27 @@ def enter(bench: Workbench, edits: tuple[tuple[Change, str], ...], correct: bool
     bench.states.append(State(bits, edits, correct))
     for old in bench.states[1:-KEPT]: old.pictures.clear()
 
-
+# %% ../nbs/10b_workbench.ipynb #e9ad2cbd
 def do(bench: Workbench, change: Change, code: str | None = None) -> None:
     "Make one more edit; `code` is the Python for it, if not its own repr."
     enter(bench, (*bench.state.edits, (change, code or repr(change))), bench.state.correct)
 
-
+# %% ../nbs/10b_workbench.ipynb #9ef4df08
 def set_correct(bench: Workbench, correct: bool) -> None:
     "Have later scales quantized after the edits, or left as they were."
     if correct != bench.state.correct: enter(bench, bench.state.edits, correct)
 
-
+# %% ../nbs/10b_workbench.ipynb #0b37015e
 def take_scales(bench: Workbench, other: Tensor, scales: int, made: str = "other") -> None:
     "The first scales from another picture (1, 3, H, W); `made` is the Python that makes it."
     do(bench, TakeScales(bench.tok.encode(other), scales), f"TakeScales(tok.encode({made}), {scales})")
 
-
+# %% ../nbs/10b_workbench.ipynb #d0e1f0c6
 def undo(bench: Workbench) -> None:
     "Back to the state before, if there is one."
     if len(bench.states) > 1: bench.states.pop()
 
-
+# %% ../nbs/10b_workbench.ipynb #2f87f2c4
 def reset(bench: Workbench) -> None:
     "Back to the picture's own bits."
     del bench.states[1:]
@@ -143,12 +143,12 @@ def as_floats(picture: Tensor) -> Tensor:
     "Bytes (..., H, W) as values in [-1, 1]."
     return picture.float() / 127.5 - 1
 
-
+# %% ../nbs/10b_workbench.ipynb #e993ef96
 def decibels(bench: Workbench, k: int, state: State | None = None) -> float:
     "PSNR of the first k scales."
     return psnr(bench.x.float().cpu(), as_floats(bench.picture(k, state)).cpu(), PROTOCOLS["clamped"])[0].item()
 
-
+# %% ../nbs/10b_workbench.ipynb #0990dae5
 def describe(bench: Workbench, k: int) -> str:
     "Scales, PSNR, bits, bytes, and what the edits cost, in one line."
     bits, (h, w), (H, W) = bench.bits[:k], bench.bits.schedule[k - 1], bench.x.shape[-2:]
@@ -172,7 +172,7 @@ def png(picture: Image.Image) -> bytes:
     picture.save(data := io.BytesIO(), "PNG", compress_level=1)
     return data.getvalue()
 
-
+# %% ../nbs/10b_workbench.ipynb #fdf142f5
 def side_by_side(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     "Pictures of one size in a row, white between."
     w, h = pictures[0].size
@@ -180,14 +180,14 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     for i, p in enumerate(pictures): row.paste(p, (i * (w + gap), 0))
     return row
 
-
+# %% ../nbs/10b_workbench.ipynb #21b82355
 def animated(pictures: Sequence[Image.Image], seconds: float = 0.6) -> bytes:
     "Pictures as an endless GIF, the last shown three times as long."
     times = [int(1000 * seconds)] * (len(pictures) - 1) + [int(3000 * seconds)]
     pictures[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
     return data.getvalue()
 
-
+# %% ../nbs/10b_workbench.ipynb #499a777a
 FILES = ("picture.png", "scales.png", "scales.gif", "picture.bits")
 
 
@@ -205,7 +205,7 @@ def file_of(
     every = [image(n) for n in range(1, bench.scales + 1)]
     return png(side_by_side(every)) if name == "scales.png" else animated(every)
 
-
+# %% ../nbs/10b_workbench.ipynb #1bfe0b19
 def save_files(
     bench: Workbench,
     folder: str | os.PathLike,  # made if it is not there
