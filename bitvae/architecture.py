@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BAND', 'SMALL', 'group_norm', 'bands', 'fitting', 'moments', 'scale_and_shift', 'scaled_silu', 'norm_silu',
-           'NormSiLUConv', 'convolution_backward', 'norm_silu_backward', 'norm_silu_conv', 'ResnetBlock', 'Downsample',
-           'Upsample', 'level', 'layers', 'run', 'middle', 'Half', 'Encoder', 'Decoder', 'checkpoint_activations',
-           'kept_bytes', 'PatchDiscriminator', 'our_name', 'published_names']
+           'norm_silu_backward', 'NormSiLUConv', 'norm_silu_conv', 'ResnetBlock', 'Downsample', 'Upsample', 'level',
+           'layers', 'run', 'middle', 'Half', 'Encoder', 'Decoder', 'kept_bytes', 'checkpoint_activations',
+           'PatchDiscriminator', 'our_name', 'published_names']
 
 # %% ../nbs/03_architecture.ipynb #2b4f0c75
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .convolution import Conv2d, convolution_backward, convolve
 
 # %% ../nbs/03_architecture.ipynb #d7cdb3c7
 def group_norm(
@@ -38,12 +40,12 @@ def bands(*xs: Tensor) -> Iterable[tuple[Tensor, ...]]:
     rows = xs[0].shape[2] if whole else max(1, BAND // xs[0][:1, :, :1].nbytes)  # the same for every batch
     return zip(*(x.split(rows, 2) for x in xs), strict=True)
 
-
+# %% ../nbs/03_architecture.ipynb #cca45692
 def fitting(room: Tensor | None, x: Tensor) -> Tensor | None:
     "Memory for another tensor like x, if it fits."
     return room if room is not None and room.shape == x.shape else None
 
-
+# %% ../nbs/03_architecture.ipynb #9787b52a
 def moments(
     parts: Iterable[Tensor],  # rows of a picture, (B, width, some, w), or all of them
     groups: int,
@@ -57,7 +59,7 @@ def moments(
     mean, square = ((t / count).unflatten(1, (groups, -1)).mean(2) for t in (total, square))
     return mean, (square - mean * mean).clamp(min=0)
 
-
+# %% ../nbs/03_architecture.ipynb #082caf05
 def scale_and_shift(
     mean: Tensor,   # (B, groups)
     rstd: Tensor,   # 1 / standard deviation (B, groups)
@@ -70,14 +72,14 @@ def scale_and_shift(
     return scale[..., None, None], (beta - mean * scale)[..., None, None]
 
 # %% ../nbs/03_architecture.ipynb #a685bbf6
-SMALL = 1 << 20  # bytes of a picture up to which torch's sums err less than its convolutions do
-
-
 def scaled_silu(x: Tensor, scale: Tensor, shift: Tensor, spare: bool = False) -> Tensor:
     "SiLU of scale x + shift, in one tensor, a spare x if types agree."
     y = x if spare and x.dtype == scale.dtype else torch.empty_like(x, dtype=scale.dtype)
     for part, into in bands(x, y): F.silu(torch.addcmul(shift, part.to(scale.dtype), scale, out=into), inplace=True)
     return y
+
+# %% ../nbs/03_architecture.ipynb #58a07e5a
+SMALL = 1 << 20  # bytes of a picture up to which torch's sums err less than its convolutions do
 
 
 def norm_silu(
@@ -96,42 +98,7 @@ def norm_silu(
     rstd = (variance + eps).rsqrt()
     return scaled_silu(x, *scale_and_shift(mean, rstd, gamma, beta), spare), mean, rstd
 
-
-class NormSiLUConv(torch.autograd.Function):
-    "GroupNorm, SiLU and a 3x3 convolution that keep nothing but their input for the backward pass."
-
-    @staticmethod
-    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        s, mean, rstd = norm_silu(x, gamma, beta, groups, eps)
-        ctx.save_for_backward(x, gamma, beta, weight, mean, rstd)
-        return F.conv2d(s.to(weight.dtype), weight, bias, padding=1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x, gamma, beta, weight, mean, rstd), need = ctx.saved_tensors, ctx.needs_input_grad
-        scale, shift = scale_and_shift(mean, rstd, gamma, beta)
-        s = scaled_silu(x, scale, shift).to(g.dtype)
-        _, dw, db = convolution_backward(g, s, weight, (False, need[3], need[4]))
-        if any(need[:3]):
-            ds = convolution_backward(g, s, weight, (True, False, False))[0].to(scale.dtype)
-            del s
-            dx, dgamma, dbeta = norm_silu_backward(ds, x, scale, shift, mean, rstd, gamma)
-        else: dx = dgamma = dbeta = None
-        return dx if dx is None else dx.to(x.dtype), dgamma, dbeta, *(d if d is None else d.to(weight.dtype) for d in (dw, db)), None, None
-
 # %% ../nbs/03_architecture.ipynb #fc593c1d
-def convolution_backward(
-    g: Tensor,       # gradient of the output
-    s: Tensor,       # what was convolved
-    weight: Tensor,  # 3x3, padding 1
-    mask: tuple[bool, bool, bool],  # which gradients are wanted: of s, of the weight, of the bias
-) -> tuple[Tensor | None, ...]:
-    "The gradients of a convolution."
-    if not any(mask): return None, None, None
-    return torch.ops.aten.convolution_backward(g, s, weight.to(g.dtype), [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask)
-
-
 def norm_silu_backward(
     ds: Tensor,      # gradient of the output (B, width, h, w); becomes that of x
     x: Tensor,       # (B, width, h, w)
@@ -159,6 +126,30 @@ def norm_silu_backward(
         room = torch.addcmul(summand[..., None, None], part.to(ds.dtype), factor[..., None, None], out=fitting(room, d))
         torch.addcmul(room, d, scale, out=d)
     return ds, product.sum(0), total.sum(0)
+
+# %% ../nbs/03_architecture.ipynb #029ed30c
+class NormSiLUConv(torch.autograd.Function):
+    "GroupNorm, SiLU and a 3x3 convolution that keep nothing but their input for the backward pass."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        s, mean, rstd = norm_silu(x, gamma, beta, groups, eps)
+        ctx.save_for_backward(x, gamma, beta, weight, mean, rstd)
+        return F.conv2d(s.to(weight.dtype), weight, bias, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x, gamma, beta, weight, mean, rstd), need = ctx.saved_tensors, ctx.needs_input_grad
+        scale, shift = scale_and_shift(mean, rstd, gamma, beta)
+        s = scaled_silu(x, scale, shift).to(g.dtype)
+        _, dw, db = convolution_backward(g, s, weight, (False, need[3], need[4]))
+        if any(need[:3]):
+            ds = convolution_backward(g, s, weight, (True, False, False))[0].to(scale.dtype)
+            del s
+            dx, dgamma, dbeta = norm_silu_backward(ds, x, scale, shift, mean, rstd, gamma)
+        else: dx = dgamma = dbeta = None
+        return dx if dx is None else dx.to(x.dtype), dgamma, dbeta, *(d if d is None else d.to(weight.dtype) for d in (dw, db)), None, None
 
 # %% ../nbs/03_architecture.ipynb #2bdae2df
 def norm_silu_conv(
@@ -192,13 +183,13 @@ class ResnetBlock(nn.Module):
         return h.add_(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 # %% ../nbs/03_architecture.ipynb #ff1aa428
-class Downsample(nn.Conv2d):
+class Downsample(Conv2d):
     "Halve the sides: zero padding right and bottom, 3x3 convolution of stride 2."
 
     def __init__(self, width: int): super().__init__(width, width, 3, stride=2)
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.pad(x, (0, 1, 0, 1)))
 
-
+# %% ../nbs/03_architecture.ipynb #bea15784
 class Upsample(nn.Conv2d):
     "Double the sides: nearest neighbour, then a 3x3 convolution, as one transposed convolution."
 
@@ -208,7 +199,7 @@ class Upsample(nn.Conv2d):
         w = F.pad(w.unflatten(0, (3, 3, -1)).flip(0, 1).permute(2, 0, 1, 3), (0, 0, 1, 1, 1, 1))
         w = w[:, 1:] + w[:, :-1]
         w = w[:, :, 1:] + w[:, :, :-1]  # (width in, 4, 4, width out)
-        return F.conv_transpose2d(x, w.permute(0, 3, 1, 2), self.bias, stride=2, padding=1)
+        return convolve(x, w.permute(0, 3, 1, 2), self.bias, stride=2, padding=1, transposed=True)
 
 # %% ../nbs/03_architecture.ipynb #29408b47
 def level(
@@ -228,7 +219,7 @@ def layers(stage: nn.Module) -> Iterator[nn.Module]:  # blocks and steps
     "The parts of a `level`, or of the middle, in order."
     for part in stage.children(): yield from part if isinstance(part, nn.ModuleList) else [part]
 
-
+# %% ../nbs/03_architecture.ipynb #2d6825f8
 def run(
     stage: nn.Module,  # a `level`, or the middle
     x: Tensor,         # (B, width_in, h, w)
@@ -237,14 +228,14 @@ def run(
     for layer in layers(stage): x = layer(x)
     return x
 
-
+# %% ../nbs/03_architecture.ipynb #16e91d59
 def middle(width: int) -> nn.Module:
     "Two residual blocks at the lowest resolution."
     stage = nn.Module()
     stage.block_1, stage.block_2 = ResnetBlock(width, width), ResnetBlock(width, width)
     return stage
 
-
+# %% ../nbs/03_architecture.ipynb #471df49b
 class Half(nn.Module):
     "What encoder and decoder have in common: a convolution in, `stages`, a convolution out."
 
@@ -304,14 +295,6 @@ class Decoder(Half):
     stages = property(lambda self: [self.mid, *reversed(self.up)], doc="In the order in which they run.")
 
 # %% ../nbs/03_architecture.ipynb #163af9b4
-def checkpoint_activations(
-    model: nn.Module,  # holds residual blocks; changed in place
-) -> None:
-    "Let every residual block compute its inside again in the backward pass instead of keeping it."
-    for block in model.modules():
-        if isinstance(block, ResnetBlock): block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
 def kept_bytes(
     forward: Callable[[], object],  # a forward pass, on any device, also on "meta"
     model: nn.Module,               # whose weights do not count
@@ -324,6 +307,14 @@ def kept_bytes(
     del result
     return sum(size for storage, size in kept.items() if storage not in weights)
 
+# %% ../nbs/03_architecture.ipynb #0626d676
+def checkpoint_activations(
+    model: nn.Module,  # holds residual blocks; changed in place
+) -> None:
+    "Let every residual block compute its inside again in the backward pass instead of keeping it."
+    for block in model.modules():
+        if isinstance(block, ResnetBlock): block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
 # %% ../nbs/03_architecture.ipynb #e069bebe
 class PatchDiscriminator(nn.Module):
     "Picture (B, 3, H, W) to one logit per patch (B, 1, H/8 - 2, W/8 - 2); large means real."
@@ -333,11 +324,11 @@ class PatchDiscriminator(nn.Module):
         channels: int = 128,  # width of the first layer
     ):
         super().__init__()
-        layers, widths = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], [channels * m for m in (1, 2, 4, 8)]
+        layers, widths = [Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], [channels * m for m in (1, 2, 4, 8)]
         for a, b, stride in zip(widths, widths[1:], (2, 2, 1), strict=False):
             norm = nn.BatchNorm2d(b, track_running_stats=False)
-            layers += [nn.Conv2d(a, b, 4, stride, 1, bias=False), norm, nn.LeakyReLU(0.2)]
-        self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+            layers += [Conv2d(a, b, 4, stride, 1, bias=False), norm, nn.LeakyReLU(0.2)]
+        self.main = nn.Sequential(*layers, Conv2d(widths[-1], 1, 4, 1, 1))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0.0, 0.02)
 
@@ -356,9 +347,8 @@ def published_names(
     model: nn.Module,  # an encoder, a decoder, a discriminator, or what holds them
 ) -> dict[str, str]:  # our name -> published name
     "The name of every weight in the published checkpoints."
-    levels = {nn.GroupNorm: ".norm", nn.BatchNorm2d: ".norm", nn.Conv2d: ".conv", Downsample: ".conv.conv", Upsample: ".conv.conv"}
-    start = ""
-    if isinstance(model, PatchDiscriminator): levels[nn.Conv2d], start = "", "discriminator."
+    levels = {nn.GroupNorm: ".norm", nn.BatchNorm2d: ".norm", nn.Conv2d: ".conv", Conv2d: "", Downsample: ".conv.conv", Upsample: ".conv.conv"}
+    start = "discriminator." if isinstance(model, PatchDiscriminator) else ""
     return {
         f"{path}.{name}": f"{start}{path}{levels[type(module)]}.{name}"
         for path, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)

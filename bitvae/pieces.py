@@ -48,12 +48,12 @@ class Map(NamedTuple):
     rows: Callable[[int, int], Tensor]  # from, to -> (B, width, to - from, w)
     held: Tensor | None = None          # all of them, where they are in memory
 
-
+# %% ../nbs/03a_pieces.ipynb #3f5652b3
 def stored(x: Tensor) -> Map:
     "A tensor (B, width, height, w) as a map."
     return Map(x.shape[2], lambda a, b: x[:, :, a:b], x)
 
-
+# %% ../nbs/03a_pieces.ipynb #f12a754c
 def on_top(
     below: Map,
     layer: Callable[[Tensor], Tensor],
@@ -79,7 +79,7 @@ def strips(
         b = min(a + step, m.height)
         yield a, b, m.rows(a, b)
 
-
+# %% ../nbs/03a_pieces.ipynb #8a3b49bc
 def normed(
     m: Map,
     norm: nn.GroupNorm,
@@ -102,7 +102,7 @@ def block_on_top(
     short = on_top(m, block.nin_shortcut, halo=0) if hasattr(block, "nin_shortcut") else m
     return Map(m.height, lambda a, b: h.rows(a, b).add_(short.rows(a, b)))
 
-
+# %% ../nbs/03a_pieces.ipynb #50efa61f
 def written(
     m: Map,
     step: int,                   # rows at a time, at least 2
