@@ -375,8 +375,8 @@ def newest_checkpoint(
 # %% ../nbs/07b_records.ipynb #9ab32535
 def validation_loss(path: Path) -> float:
     "What a checkpoint says of itself; infinite where that cannot be read."
-    try: return json.loads((path / "checkpoint.json").read_text())["validation"]
-    except (OSError, ValueError, KeyError): return float("inf")
+    try: return float(json.loads((path / "checkpoint.json").read_text())["validation"])
+    except (OSError, ValueError, KeyError, TypeError): return float("inf")
 
 # %% ../nbs/07b_records.ipynb #2db51f4f
 def prune(
