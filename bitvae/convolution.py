@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # %% ../nbs/02a_convolution.ipynb #f8865d86
-BAND = 1 << 21  # bytes of a picture at a time
+BAND = 1 << 21  # bytes of a picture at a time, on a CPU
 
 
 def weight_gradient(
@@ -69,16 +69,12 @@ def convolution_backward(
     transposed: bool = False,
 ) -> tuple[Tensor | None, ...]:
     "The gradients of a convolution."
-    dw, rest = None, mask
-    if mask[1] and by_products(g):
-        small, large = (x, g) if transposed else (g, x)
-        dw, rest = weight_gradient(small, large, weight.shape[-1], stride, padding), (mask[0], False, False)
-    dx, dw_torch, db = (None, None, None)
-    if any(rest):
-        sizes = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
-        dx, dw_torch, db = torch.ops.aten.convolution_backward(g, x, weight.to(g.dtype), [g.shape[1]], *sizes, rest)
-    if mask[2] and db is None: db = g.sum((0, 2, 3))
-    return dx, dw_torch if dw is None else dw, db
+    products, pair = mask[1] and by_products(g), (x, g) if transposed else (g, x)
+    rest, (dx, dw, db) = (mask[0], False, False) if products else mask, (None, None, None)
+    options = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
+    if any(rest): dx, dw, db = torch.ops.aten.convolution_backward(g, x, weight.to(g.dtype), [g.shape[1]], *options, rest)
+    if products: dw, db = weight_gradient(*pair, weight.shape[-1], stride, padding), g.sum((0, 2, 3)) if mask[2] else None
+    return dx, dw, db
 
 # %% ../nbs/02a_convolution.ipynb #5d0b905a
 class Convolution(torch.autograd.Function):

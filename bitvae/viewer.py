@@ -253,7 +253,7 @@ class Viewer:
         "Let go of the tokenizer and of all widgets, which Jupyter otherwise keeps."
         for panel in (self.pictures.strip, self.tabs.sensitivity): panel.job.cancel(); panel.job.wait()
         close_tree(self.box)
-        self.desk.panels, self.tok = [], None
+        self.desk.panels, self.opened, self.desk.bench = [], None, None
 
     def figure(self):  # a matplotlib Figure
         "What the page shows, on paper."
