@@ -15,7 +15,8 @@ retrain-demo: .venv/installed
 	$(BIN)/python tools/retrain_demo.py $(if $(STEPS),--steps $(STEPS))
 
 bench: .venv/installed
-	$(BIN)/bitvae run nbs/experiments/benchmark.ipynb benchmarks/speed/benchmark.ipynb --set folder=benchmarks/speed --set width=128 --set size=256 \
+	folder=benchmarks/speed/$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability().lower())"); \
+	mkdir -p $$folder && $(BIN)/bitvae run nbs/experiments/benchmark.ipynb $$folder/benchmark.ipynb --set folder=$$folder --set width=128 --set size=256 \
 		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096 --set large_width=128
 
 test: .venv/installed

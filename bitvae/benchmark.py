@@ -11,6 +11,7 @@ __all__ = ['WATCH', 'PACKAGES', 'PLAIN', 'interleaved', 'ratio', 'peak_memory', 
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -45,8 +46,10 @@ def interleaved(
         return time.perf_counter() - start
 
     for f in candidates.values(): once(f)
-    turns = [[once(f) for f in candidates.values()] for _ in range(rounds)]
-    return {name: list(seconds) for name, seconds in zip(candidates, zip(*turns, strict=True), strict=True)}
+    seconds, orders = {name: [] for name in candidates}, random.Random(0)
+    for _ in range(rounds):
+        for name in orders.sample(list(candidates), len(candidates)): seconds[name].append(once(candidates[name]))
+    return seconds
 
 # %% ../nbs/10f_benchmark.ipynb #dfc43a1d
 def ratio(
@@ -104,8 +107,8 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers", "vector-quan
 
 def machine() -> dict[str, object]:
     "What the numbers were taken on."
-    found = {"python": platform.python_version(), "system": platform.system(), "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
+    found = {"python": platform.python_version(), "system": platform.system(), "processor": processor(), "instructions": torch.backends.cpu.get_cpu_capability(),
+             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
     for name in PACKAGES:
         with suppress(PackageNotFoundError): found[name] = version(name)
     return found
