@@ -1,4 +1,6 @@
 """Agreement with the published system, on numbers it computed (tests/golden/README.md)."""
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -136,8 +138,10 @@ def test_names_and_shapes_of_the_discriminator(golden):
 
 # training
 
+@pytest.mark.parametrize("least", [0, math.inf], ids=["by products", "by torch"])  # gradients of weights, on any processor
 @pytest.mark.parametrize("step", range(4))
-def test_gradients_of_a_training_step(golden, step):
+def test_gradients_of_a_training_step(golden, step, least, monkeypatch):
+    monkeypatch.setattr("bitvae.convolution.LEAST", least)
     t, weights, record = golden("training.safetensors"), golden("autoencoder.safetensors"), golden("training.json")["steps"][step]
     tok = BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense").train()
     tok.quantizer.drop_rate = 0.0
