@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from bitvae import BitVAE, Bits, load_image
-from bitvae.bits import BitsError, read_header, scale_schedule
-from bitvae.entropy import coder_for
+from bitvae.bits import BitsError
+from bitvae.bitstream import read_header
+from bitvae.schedules import scale_schedule
+from bitvae.entropy_coding import coder_for
 from bitvae.images import held_out_photographs
 
 TRIALS = int(os.environ.get("BITVAE_TRIALS", 1000))
@@ -116,12 +118,12 @@ def test_huge_claims_take_no_memory(claims):
     import struct
     import zlib
 
-    from bitvae.bits import COMPRESSED, MAGIC, VERSION, check_widths, numbers
+    from bitvae.bitstream import BITS_VERSION, checksum_widths, COMPRESSED, encode_varints, MAGIC
 
-    head = MAGIC + bytes([VERSION, COMPRESSED if claims == "compressed" else 0]) + numbers(64, 10**9, 0, 1000, 1000)
-    if claims == "compressed": head += struct.pack("<I", 0) + numbers(2**34)
+    head = MAGIC + bytes([BITS_VERSION, COMPRESSED if claims == "compressed" else 0]) + encode_varints(64, 10**9, 0, 1000, 1000)
+    if claims == "compressed": head += struct.pack("<I", 0) + encode_varints(2**34)
     used = len(head)
-    head += bytes(sum(check_widths(len(scale_schedule(1000, 1000)), used)))
+    head += bytes(sum(checksum_widths(len(scale_schedule(1000, 1000)), used)))
     data = head + struct.pack("<I", zlib.crc32(head)) + bytes(50)
     run = subprocess.run([sys.executable, "-c", LIMITED, data.hex()], capture_output=True, text=True)
     said, grown = run.stdout.strip().splitlines()
@@ -132,14 +134,14 @@ def test_flags_that_contradict_are_refused():
     import struct
     import zlib
 
-    from bitvae.bits import DOUBLED, MAGIC, SOME, SPELLED, VERSION, check_widths, numbers
+    from bitvae.bitstream import BITS_VERSION, checksum_widths, DOUBLED, encode_varints, EXPLICIT, MAGIC, SUBSET
 
-    for flags, schedule, message in ((SPELLED, numbers(1, 4, 4), None), (SPELLED | DOUBLED, numbers(1, 4, 4), "describes no bits"), (SPELLED | SOME, numbers(1, 4, 4), "describes no bits"),
-                                     (SOME, numbers(0, 4, 4) + b"\x20", None), (SOME, numbers(0, 4, 4) + b"\x00", "check sum"), (DOUBLED, numbers(0, 5, 4), "names no schedule")):  # fmt: skip
-        head = MAGIC + bytes([VERSION, flags]) + numbers(1, 1) + schedule
+    for flags, schedule, message in ((EXPLICIT, encode_varints(1, 4, 4), None), (EXPLICIT | DOUBLED, encode_varints(1, 4, 4), "describes no bits"), (EXPLICIT | SUBSET, encode_varints(1, 4, 4), "describes no bits"),
+                                     (SUBSET, encode_varints(0, 4, 4) + b"\x20", None), (SUBSET, encode_varints(0, 4, 4) + b"\x00", "check sum"), (DOUBLED, encode_varints(0, 5, 4), "names no schedule")):  # fmt: skip
+        head = MAGIC + bytes([BITS_VERSION, flags]) + encode_varints(1, 1) + schedule
         head += struct.pack("<I", zlib.crc32(bytes(2)))
         data = head + struct.pack("<I", zlib.crc32(head)) + bytes(2)
-        assert check_widths(1, len(head) - 4) == [4]
+        assert checksum_widths(1, len(head) - 4) == [4]
         if message is None: assert Bits.from_bytes(data).schedule == ((4, 4),)
         else:
             with pytest.raises(BitsError, match=message): Bits.from_bytes(data)
@@ -149,11 +151,11 @@ def test_many_scales_take_no_time():
     import struct
     import zlib
 
-    from bitvae.bits import COMPRESSED, MAGIC, SPELLED, VERSION, check_widths, numbers
+    from bitvae.bitstream import BITS_VERSION, checksum_widths, COMPRESSED, encode_varints, EXPLICIT, MAGIC
 
     for scales, d in ((255, 512), (4000, 1), (64, 64)):
-        head = MAGIC + bytes([VERSION, COMPRESSED | SPELLED]) + numbers(d, 1, scales, *[1, 1] * scales) + struct.pack("<I", 0) + numbers(4000)
-        head += bytes(sum(check_widths(scales, len(head))))
+        head = MAGIC + bytes([BITS_VERSION, COMPRESSED | EXPLICIT]) + encode_varints(d, 1, scales, *[1, 1] * scales) + struct.pack("<I", 0) + encode_varints(4000)
+        head += bytes(sum(checksum_widths(scales, len(head))))
         start = time.perf_counter()
         with pytest.raises(BitsError): Bits.from_bytes(head + struct.pack("<I", zlib.crc32(head)) + bytes(4000))
         assert time.perf_counter() - start < 10, (scales, d)  # unbounded it would take minutes

@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from bitvae.comparison import read_results
-from bitvae.evaluation import rows_in
-from bitvae.records import newest_checkpoint, read_log
+from bitvae.evaluation import read_results
+from bitvae.evaluation import protocol_rows
+from bitvae.run_dir import newest_checkpoint, read_metrics
 
 DEMO = [sys.executable, str(Path(__file__).parent.parent / "tools" / "demo.py")]
 
@@ -23,7 +23,7 @@ def test_demo_and_again(tmp_path):
         assert line in first.stdout
     made = {f.name for f in (tmp_path / "demo").iterdir()}
     assert {"train.ipynb", "evaluate.ipynb", "metrics.json", "tokenizer", "progressive.png", "both.png", "package"} <= made
-    rows = rows_in(read_results(tmp_path / "demo"))
+    rows = protocol_rows(read_results(tmp_path / "demo"))
     expected = {"mean colour": 14.7, "2x2 thumbnail": 16.1, "4x4 thumbnail": 17.1, "8x8 thumbnail": 18.6}
     assert {name: round(rows[name]["psnr"], 1) for name in expected} == expected
 
@@ -37,13 +37,13 @@ def test_interrupted_demo_goes_on(tmp_path):
     run = tmp_path / "demo"
     process = subprocess.Popen([*DEMO, "--recipe", "quick", "--folder", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
-    while len(read_log(run / "metrics.jsonl")) < 5:
+    while len(read_metrics(run / "metrics.jsonl")) < 5:
         assert process.poll() is None and time.monotonic() < end, "the run did not get going"
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    done = len(read_log(run / "metrics.jsonl"))
+    done = len(read_metrics(run / "metrics.jsonl"))
     assert 5 <= done < 2000 and newest_checkpoint(run / "checkpoints") is not None and not (run / "tokenizer").exists()
     mixed = demo(run)  # another recipe into the same folder
-    assert mixed.returncode != 0 and "with other values" in mixed.stderr and len(read_log(run / "metrics.jsonl")) == done
+    assert mixed.returncode != 0 and "with other values" in mixed.stderr and len(read_metrics(run / "metrics.jsonl")) == done

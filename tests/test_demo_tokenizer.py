@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitvae.evaluation import evaluate, rows_in, table
+from bitvae.evaluation import evaluate, protocol_rows, results_table
 from bitvae.images import held_out_photographs, load_image
-from bitvae.tokenizer import BitVAE, bundled_tokenizer
+from bitvae.tokenizer import BitVAE
+from bitvae.checkpoints import bundled_dir
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "benchmarks" / "demo-tokenizer"
@@ -29,11 +30,11 @@ def results(tok):
 
 
 def scales(results):
-    return [r for r in rows_in(results).values() if "scales" in r]
+    return [r for r in protocol_rows(results).values() if "scales" in r]
 
 
 def test_small_and_without_network():
-    assert sum(f.stat().st_size for f in bundled_tokenizer().iterdir()) <= 8_000_000
+    assert sum(f.stat().st_size for f in bundled_dir().iterdir()) <= 8_000_000
     code = "import socket; socket.socket.connect = socket.getaddrinfo = None; from bitvae import BitVAE; print(BitVAE.from_pretrained('demo').config.mode)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"BITVAE_WEIGHTS": "/nowhere"})
     assert done.stdout.strip() == "dynamic", done.stderr
@@ -42,7 +43,7 @@ def test_small_and_without_network():
 def test_rate_and_quality(results):
     last = scales(results)[-1]
     assert last["bits_per_pixel"] <= 0.26
-    assert last["psnr"] > 21.8 > rows_in(results)["16x16 thumbnail"]["psnr"]
+    assert last["psnr"] > 21.8 > protocol_rows(results)["16x16 thumbnail"]["psnr"]
     assert min(last["per_image"]["psnr"]) > 18
 
 
@@ -52,7 +53,7 @@ def test_every_scale_brings_it_nearer(results):
 
 
 def test_nearer_in_features_than_jpeg(results):
-    rival = rows_in(results)["JPEG 0.13"]
+    rival = protocol_rows(results)["JPEG 0.13"]
     assert rival["bits_per_pixel"] >= 0.13
     assert scales(results)[-1]["efficientnet"] < rival["efficientnet"]
 
@@ -77,9 +78,9 @@ def test_any_size(tok):
 
 def test_card_tells_of_these_weights(results):
     card, kept = (CARD / "README.md").read_text(), json.loads((CARD / "metrics.json").read_text())
-    assert hashlib.sha256((bundled_tokenizer() / "model.safetensors").read_bytes()).hexdigest() in card
-    assert table(kept) in card
-    for name, row in rows_in(results).items(): assert row["psnr"] == pytest.approx(rows_in(kept)[name]["psnr"], abs=0.02)
+    assert hashlib.sha256((bundled_dir() / "model.safetensors").read_bytes()).hexdigest() in card
+    assert results_table(kept) in card
+    for name, row in protocol_rows(results).items(): assert row["psnr"] == pytest.approx(protocol_rows(kept)[name]["psnr"], abs=0.02)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", card): assert (CARD / link).exists(), link
 
 

@@ -20,13 +20,13 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from bitvae.architecture import published_names
-from bitvae.comparison import rank, read_results
-from bitvae.evaluation import SAVE_EVERY, evaluate, main, rows_in
-from bitvae.features import INCEPTION_FILES, InceptionFeatures
+from bitvae.checkpoints import published_names
+from bitvae.evaluation import rank_results, read_results
+from bitvae.evaluation import evaluate, main, protocol_rows, SAVE_EVERY
+from bitvae.metrics import INCEPTION_FILES, InceptionFeatures
 from bitvae.images import held_out_photographs, load_image, save_image
 from bitvae.losses import TRUNKS
-from bitvae.protocols import PROTOCOLS, cut_picture, eight_bits, protocol
+from bitvae.metrics import crop_image, protocol, PROTOCOLS, to_protocol_bytes
 from bitvae.tokenizer import BitVAE, BitVAEConfig
 
 WORKER = """
@@ -92,8 +92,8 @@ def same(a, b):
     assert a["images"] == b["images"] and a["bits"] == b["bits"] and len(a["images"]) == 37
     for label, entry in a["protocols"].items():
         mean, single = (1e-6, 1e-4) if entry["protocol"]["clamp"] else (1e-3, 1e-2)
-        for name, row in rows_in(a, label).items():
-            other = rows_in(b, label)[name]
+        for name, row in protocol_rows(a, label).items():
+            other = protocol_rows(b, label)[name]
             assert row.keys() == other.keys() and len(row["per_image"]["psnr"]) == 37
             for key in row:
                 if isinstance(row[key], float): assert row[key] == pytest.approx(other[key], rel=1e-6, abs=mean), (label, name, key)
@@ -136,7 +136,7 @@ def test_an_unfinished_evaluation_is_not_mixed_with_another(pictures, tmp_path):
 @pytest.fixture(scope="module")
 def pair():
     "Photographs, and reconstructions that overshoot."
-    x = torch.cat([cut_picture(f, protocol("clamped", size=192)) for f in held_out_photographs()[:3]])
+    x = torch.cat([crop_image(f, protocol("clamped", size=192)) for f in held_out_photographs()[:3]])
     torch.manual_seed(0)
     return x, 1.1 * x + 0.1 * torch.randn_like(x)
 
@@ -168,7 +168,7 @@ def networks(tmp_path_factory):
 
 def test_every_metric_is_its_librarys(pair, networks, tmp_path, monkeypatch):
     monkeypatch.setenv("BITVAE_WEIGHTS", str(networks))
-    monkeypatch.setattr("bitvae.pieces.NEAR", 1 << 40)  # the stand-in knows whole batches
+    monkeypatch.setattr("bitvae.kernels.CHUNK_BYTES", 1 << 40)  # the stand-in knows whole batches
     x, y = pair
     for n, picture in enumerate(x): save_image(picture, tmp_path / f"{n}.png")
     tok = BitVAE(BitVAEConfig(dim=4, channels=24, multipliers=(1,) * 8, res_blocks=0, stride=128, mode="dynamic")).eval()  # 2x2 tokens: few scales
@@ -180,26 +180,26 @@ def test_every_metric_is_its_librarys(pair, networks, tmp_path, monkeypatch):
         weights = torch.load(networks / TRUNKS[net], weights_only=True)
         for name, p in distance.net.named_parameters(): p.data.copy_(weights["features." + name.split(".", 1)[1]])
     for p in protocols:
-        row = list(rows_in(results, str(p)).values())[-1]
+        row = list(protocol_rows(results, str(p)).values())[-1]
         z = y.clamp(-1, 1) if p.clamp else y
-        a, b = (t.permute(0, 2, 3, 1).numpy().astype(np.float64) / 255 for t in (eight_bits(x, p), eight_bits(y, p)))
+        a, b = (t.permute(0, 2, 3, 1).numpy().astype(np.float64) / 255 for t in (to_protocol_bytes(x, p), to_protocol_bytes(y, p)))
         window = {"win_size": p.ssim_window} if p.ssim_window else {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
         assert row["per_image"]["psnr"] == pytest.approx([peak_signal_noise_ratio(i, j, data_range=1) for i, j in zip(a, b, strict=True)], abs=1e-6)
         assert row["per_image"]["ssim"] == pytest.approx([structural_similarity(i, j, channel_axis=-1, data_range=p.ssim_range, **window) for i, j in zip(a, b, strict=True)], abs=1e-6)
-        of_library = library_ms_ssim(eight_bits(x, p).double(), eight_bits(y, p).double(), data_range=255, size_average=False)
+        of_library = library_ms_ssim(to_protocol_bytes(x, p).double(), to_protocol_bytes(y, p).double(), data_range=255, size_average=False)
         assert row["per_image"]["ms_ssim"] == pytest.approx(of_library.tolist(), abs=1e-6)
         with torch.inference_mode():
             for net in p.lpips: assert row["per_image"][f"lpips_{net}"] == pytest.approx(trunks[net](x, z).flatten().tolist(), abs=1e-5)
         assert {m for m in row["per_image"] if m.startswith("lpips")} == {f"lpips_{net}" for net in p.lpips}
-    assert rows_in(results, "clamped, mode=dynamic 192")["1 scale"]["psnr"] > rows_in(results, "published 192")["1 scale"]["psnr"] + 1  # bytes that wrap around
+    assert protocol_rows(results, "clamped, mode=dynamic 192")["1 scale"]["psnr"] > protocol_rows(results, "published 192")["1 scale"]["psnr"] + 1  # bytes that wrap around
 
 
 def test_features_go_through_torch_fidelitys_pipeline(networks, pictures, monkeypatch):
     monkeypatch.setenv("BITVAE_WEIGHTS", str(networks))
-    x = torch.cat([cut_picture(f, protocol("llamagen", size=64)) for f in sorted(pictures.iterdir())[:4]])
-    ours = InceptionFeatures("torch-fidelity")(eight_bits(x, PROTOCOLS["llamagen"]))
+    x = torch.cat([crop_image(f, protocol("llamagen", size=64)) for f in sorted(pictures.iterdir())[:4]])
+    ours = InceptionFeatures("torch-fidelity")(to_protocol_bytes(x, PROTOCOLS["llamagen"]))
     library = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(networks / INCEPTION_FILES["torch-fidelity"]))
-    assert torch.equal(ours, library(eight_bits(x, PROTOCOLS["llamagen"]))[0])
+    assert torch.equal(ours, library(to_protocol_bytes(x, PROTOCOLS["llamagen"]))[0])
 
 
 def test_fid_of_an_evaluation(networks, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_fid_of_an_evaluation(networks, tmp_path, monkeypatch):
     for n in range(6): save_image(torch.rand(3, 32, 32) * 2 - 1, tmp_path / f"{n}.png")
     tok = BitVAE(BitVAEConfig(dim=4, channels=24, multipliers=(1,) * 6, res_blocks=0, stride=32, mode="dynamic")).eval()  # one token: one scale
     with pytest.warns(UserWarning, match="6 pictures are fewer than needed for 2048 features"): results = evaluate(tok, tmp_path, protocol("clamped", size=32), ["fid"], batch=4)
-    row, net = rows_in(results)["1 scale"], InceptionFeatures("pytorch-fid")
+    row, net = protocol_rows(results)["1 scale"], InceptionFeatures("pytorch-fid")
     x = torch.cat([load_image(f, 32) for f in sorted(tmp_path.glob("*.png"))])
     with torch.inference_mode(): features = [net(t).double() for t in (x, tok.decode(tok.encode(x)))]
     library = fid_statistics_to_metric(*map(fid_features_to_statistics, features), verbose=False)["frechet_inception_distance"]
@@ -227,7 +227,7 @@ def test_a_checkpoint_in_the_published_format(tmp_path):
     assert main([str(tmp_path / "vae.safetensors"), "--resolutions", "32", "--protocols", "published", "clamped", "--folder", str(tmp_path)]) == 0
     results = read_results(tmp_path)
     assert results["tokenizer"]["dim"] == 16 and list(results["protocols"]) == ["published 32", "clamped 32"]
-    with pytest.raises(ValueError, match="mode dynamic and None, clamp False and True, rounding truncate and round"): rank({"a": results})
+    with pytest.raises(ValueError, match="mode dynamic and None, clamp False and True, rounding truncate and round"): rank_results({"a": results})
 
 
 def test_bad_input_is_named(tmp_path, capsys):
@@ -264,8 +264,8 @@ def test_references_of_other_pictures_are_not_taken(tmp_path, monkeypatch):
         dim, takes_bytes = 12, False
         def forward(self, y): return torch.nn.functional.adaptive_avg_pool2d(y, 2).flatten(1)
 
-    monkeypatch.setattr("bitvae.evaluation.EfficientNetFeatures", Colours)
-    def distance(): return rows_in(evaluate(BitVAE.from_pretrained("demo"), tmp_path / "images", protocol("clamped", size=32), ["frechet_efficientnet"]))["3 scales"]["frechet_efficientnet"]
+    monkeypatch.setattr("bitvae.metrics.EfficientNetFeatures", Colours)
+    def distance(): return protocol_rows(evaluate(BitVAE.from_pretrained("demo"), tmp_path / "images", protocol("clamped", size=32), ["frechet_efficientnet"]))["3 scales"]["frechet_efficientnet"]
     draw(0); first = distance()
     assert distance() == first and len(list(tmp_path.glob("weights/references/*.pt"))) == 1
     draw(10)
@@ -278,7 +278,7 @@ def test_identical_pictures_are_told(tmp_path):
     for name in "ab": Image.new("RGB", (64, 64), "teal").save(tmp_path / f"{name}.png")
     with pytest.warns(UserWarning, match=r"1 of 2 pictures have the pixels of another \(.*b.png those of .*a.png\)"):
         results = evaluate(BitVAE.from_pretrained("demo"), tmp_path, protocol("clamped", size=32))
-    assert json.loads(json.dumps(results))["warnings"] and rows_in(results)["mean colour"]["psnr"] > 40
+    assert json.loads(json.dumps(results))["warnings"] and protocol_rows(results)["mean colour"]["psnr"] > 40
 
 
 # memory
@@ -286,7 +286,7 @@ def test_identical_pictures_are_told(tmp_path):
 MEMORY = """
 import sys, resource, threading, psutil, time, torch
 from bitvae.evaluation import evaluate
-from bitvae.protocols import protocol
+from bitvae.metrics import protocol
 from bitvae.tokenizer import BitVAE
 import bitvae.evaluation as E
 torch.set_num_threads(1)

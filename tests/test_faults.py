@@ -15,15 +15,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitvae import BitVAE, load_image
-from bitvae.architecture import published_names
+from bitvae.checkpoints import published_names
 from bitvae.data import DataError
 from bitvae.images import bundled_photographs
 from bitvae.recipes import recipe
-from bitvae.comparison import read_results
-from bitvae.evaluation import rows_in
-from bitvae.records import RunExistsError, newest_checkpoint, read_log
-from bitvae.tokenizer import RELEASED, BitVAEConfig, CheckpointError
-from bitvae.training import PIXELS, TrainingDiverged, train
+from bitvae.evaluation import read_results
+from bitvae.evaluation import protocol_rows
+from bitvae.run_dir import newest_checkpoint, read_metrics, RunExistsError
+from bitvae.checkpoints import CheckpointError, RELEASED
+from bitvae.tokenizer import BitVAEConfig
+from bitvae.training import PIXEL_LOSSES, train, TrainingDiverged
 
 GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
 ROOT = Path(__file__).parent.parent
@@ -167,7 +168,7 @@ def test_same_seed_same_weights(tmp_path):
 @pytest.mark.parametrize(("rate_at_step_5", "message"), [(math.nan, "step 6: the weights it left give loss nan"), (1e25, "step 6: the weights it left give loss")])
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, rate_at_step_5, message):
     config = recipe("smoke", steps=20, checkpoint_every=1)
-    monkeypatch.setattr("bitvae.training.rate", lambda config, step: rate_at_step_5 if step == 5 else 1.0)
+    monkeypatch.setattr("bitvae.recipes.lr_multiplier", lambda config, step: rate_at_step_5 if step == 5 else 1.0)
     with pytest.raises(TrainingDiverged, match=f"{message}.*step-00000005 is kept"): train(config, "bundled", tmp_path / "run")
     kept, content = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert content["step"] == 5 and all(w.isfinite().all() for w in load_file(kept / "model.safetensors").values())
@@ -177,10 +178,10 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, rate_a
 
 def test_infinite_loss_stops_at_once(tmp_path, monkeypatch):
     calls = iter(range(100))
-    monkeypatch.setitem(PIXELS, "mse", lambda y, x: torch.nn.functional.mse_loss(y, x) * (torch.inf if next(calls) == 7 else 1))  # two are validations
+    monkeypatch.setitem(PIXEL_LOSSES, "mse", lambda y, x: torch.nn.functional.mse_loss(y, x) * (torch.inf if next(calls) == 7 else 1))  # two are validations
     with pytest.raises(TrainingDiverged, match="step 5: loss inf"): train(recipe("smoke", steps=20), "bundled", tmp_path / "run")
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
-    assert len(read_log(tmp_path / "run" / "metrics.jsonl")) == 5
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 5
 
 
 def test_nothing_that_was_trained_is_written_over(tmp_path):
@@ -246,7 +247,7 @@ def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
     assert not any("\r" in "".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
     run = bitvae("run", "nbs/experiments/evaluate.ipynb", tmp_path / "evaluate.ipynb", "--set", f"tokenizer={tmp_path}/run/tokenizer", "--set", f"folder={tmp_path}/run", "--set", "resolutions=[64]")
     assert run.returncode == 0, run.stderr
-    rows = rows_in(read_results(tmp_path / "run"))
+    rows = protocol_rows(read_results(tmp_path / "run"))
     assert rows["mean colour"]["psnr"] > 10 and rows["1 scale"]["bits"] == 16
     assert {"progressive.png", "quality_psnr.png", "pairs.png", "extremes.png", "bits_dynamic_bicubic-64.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
     again = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "again.ipynb", "--set", f"folder={tmp_path}/run", "--set", "resume=false")

@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 
-from bitvae.records import newest_checkpoint, read_log
-from bitvae.training import ProcessesFailed, arguments_for, run_processes, torchrun
+from bitvae.run_dir import newest_checkpoint, read_metrics
+from bitvae.launch import ProcessesFailed, run_processes, torchrun_command
+from bitvae.training import train_arguments
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,16 +82,16 @@ def test_batch_entropy_does_not_depend_on_the_number_of_processes(tmp_path):
 
 ENTROPY = """
 import torch, torch.distributed as dist
-from bitvae.quantizer import scale_loss
+from bitvae.quantizer import binary_entropy, scale_loss
 dist.init_process_group("gloo")
 r = dist.get_rank()
 torch.manual_seed(0)
 v = torch.nn.functional.normalize(torch.randn(4, 16, 3, 3), dim=1)
 whole = v.clone().requires_grad_(); mine = v[2 * r : 2 * r + 2].clone().requires_grad_()
-import bitvae.quantizer as q
 loss = scale_loss(mine).batch_entropy; loss.backward()
-q.over_ranks = lambda mean: mean
-reference = scale_loss(whole).batch_entropy; reference.backward()
+p = torch.sigmoid(-4 * 100.0 / 4 * whole).mean(dim=(0, 2, 3))   # T = 100, sqrt(d) = 4
+reference = binary_entropy(p).sum()
+reference.backward()
 torch.testing.assert_close(loss, reference)
 torch.testing.assert_close(mine.grad / 2, whole.grad[2 * r : 2 * r + 2])   # averaged over processes it is the whole batch's
 print("agreed")
@@ -120,7 +121,7 @@ def training(process): return [p for p in family(process) if any("torch.distribu
 
 def begin(folder, *command, **settings):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True)
-    wait_for(lambda: process.poll() is not None or len(read_log(folder / "metrics.jsonl")) > 3)
+    wait_for(lambda: process.poll() is not None or len(read_metrics(folder / "metrics.jsonl")) > 3)
     assert process.poll() is None, process.communicate()[0]
     return process, family(process), training(process)
 
@@ -141,7 +142,7 @@ def test_a_signal_reaches_all_processes(tmp_path, sent):
     assert process.returncode == 130 and f"{sent.name} after step" in said and "running the same again goes on" in said
     wait_for(lambda: gone(relatives), 10)
     done = newest_checkpoint(tmp_path / "checkpoints")[1]["step"]
-    assert done == len(read_log(tmp_path / "metrics.jsonl")) and not (tmp_path / "tokenizer").exists()
+    assert done == len(read_metrics(tmp_path / "metrics.jsonl")) and not (tmp_path / "tokenizer").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -151,7 +152,7 @@ def test_a_signal_to_one_process_stops_all_after_the_checkpoint(tmp_path, rank):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "running the same again goes on" in said
     wait_for(lambda: gone(relatives), 10)
-    assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] == len(read_log(tmp_path / "metrics.jsonl"))
+    assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] == len(read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_a_process_that_dies_stops_the_run_and_is_named(tmp_path):
@@ -184,12 +185,12 @@ def test_two_nodes(tmp_path):
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert json.loads((tmp_path / "run.json").read_text())["processes"] == 2 and (tmp_path / "tokenizer" / "model.safetensors").exists()
-    assert len(read_log(tmp_path / "metrics.jsonl")) == 4
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
 
 
 def test_a_mistake_is_said_once(tmp_path):
     with pytest.raises(ProcessesFailed, match="^no such images: nowhere; give a folder"):
-        run_processes(torchrun(2) + arguments_for("smoke", {}, "nowhere", tmp_path))
+        run_processes(torchrun_command(2) + train_arguments("smoke", {}, "nowhere", tmp_path))
 
 
 # through papermill
@@ -207,7 +208,7 @@ def test_a_notebook_over_two_processes_stops_and_goes_on(tmp_path):
     wait_for(lambda: gone(relatives), 20)
     again = subprocess.run(notebook(steps=40, checkpoint_every=20), cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0 and "going on from step" in again.stderr + again.stdout, again.stderr
-    assert [line["step"] for line in read_log(tmp_path / "metrics.jsonl")] == list(range(40))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(40))
     assert not (tmp_path / "train.failed.ipynb").exists() and "100%" in again.stderr
 
 
@@ -215,7 +216,7 @@ def test_interrupted_from_the_launching_process(tmp_path):
     code = f"""
 import os, signal, threading, time
 from pathlib import Path
-from bitvae.records import read_log
+from bitvae.run_dir import read_log
 from bitvae.training import *
 def stop():
     while len(read_log(Path({str(tmp_path)!r}) / "metrics.jsonl")) < 3: time.sleep(0.05)

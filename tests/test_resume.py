@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from bitvae import BitVAE, load_image
-from bitvae.architecture import PatchDiscriminator
-from bitvae.data import DataError, Plan
+from bitvae.losses import PatchDiscriminator
+from bitvae.data import CropPlan, DataError
 from bitvae.images import bundled_photographs
 from bitvae.recipes import recipe
-from bitvae.records import CollapseWarning, RunExistsError, checkpoints, from_bytes, newest_checkpoint, read_checkpoint, read_log
-from bitvae.tokenizer import CheckpointError
-from bitvae.training import start_critic, train
+from bitvae.run_dir import CollapseWarning, deserialize_state, list_checkpoints, newest_checkpoint, read_checkpoint, read_metrics, RunExistsError
+from bitvae.checkpoints import CheckpointError
+from bitvae.training import init_discriminator, train
 
 EVERYTHING = recipe("smoke", steps=12, checkpoint_every=2, discriminator_start=2, ema=0.9, drop_rate=0.5, schedule="dense", accumulate=2, batch=1)
 servers = multiprocessing.get_context("forkserver")
@@ -35,7 +35,7 @@ def run(folder, config=EVERYTHING, slowly=0.0):
 
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(os.devnull, "w")
-    bitvae.training.PatchDiscriminator = partial(PatchDiscriminator, 16)
+    bitvae.losses.PatchDiscriminator = partial(PatchDiscriminator, 16)
     plain = os.fsync
     os.fsync = lambda descriptor: (time.sleep(slowly), plain(descriptor))
     train(config, "bundled", folder, validation=bundled_photographs()[0])
@@ -66,7 +66,7 @@ def state(folder):
     path, content = newest_checkpoint(folder / "checkpoints")
     files, result = content["files"], (folder / "tokenizer" / "model.safetensors").read_bytes()
     assert files["model.safetensors"] == result
-    return {"step": content["step"], "result": result} | flat(from_bytes(files["state.pt"]))
+    return {"step": content["step"], "result": result} | flat(deserialize_state(files["state.pt"]))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def kill_at(folder, child, steps, wait, writing):
     "Kill -9 after so many steps and a moment more, or as soon as a checkpoint after that is being written."
     def parts(): return list((folder / "checkpoints").glob(".*.step-*"))
     while child.is_alive():
-        if len(read_log(folder / "metrics.jsonl")) >= steps and (parts() or not writing): break
+        if len(read_metrics(folder / "metrics.jsonl")) >= steps and (parts() or not writing): break
         time.sleep(0.002)
     if not writing: time.sleep(wait)
     was_writing = bool(parts())
@@ -95,7 +95,7 @@ def test_killed_anywhere_and_resumed_is_as_never_killed(tmp_path, whole):
         writing = kill_at(folder, child, steps, wait, while_writing)
         assert child.exitcode == -signal.SIGKILL and not (folder / "tokenizer").exists(), n
         assert state(finished(folder)) == whole, n
-        assert [line["step"] for line in read_log(folder / "metrics.jsonl")] == list(range(12)), n
+        assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(12)), n
         assert not list((folder / "checkpoints").glob(".*"))
         return writing
 
@@ -113,7 +113,7 @@ def test_five_steps_killed_and_resumed_to_twelve(tmp_path, whole):
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole, damage):
     child = begin(tmp_path)
     kill_at(tmp_path, child, 7, 0.0, writing=False)
-    newest, before = checkpoints(tmp_path / "checkpoints")[-1], checkpoints(tmp_path / "checkpoints")[-2]
+    newest, before = list_checkpoints(tmp_path / "checkpoints")[-1], list_checkpoints(tmp_path / "checkpoints")[-2]
     file = newest / "state.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -125,9 +125,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
 
 
 def test_two_runs_at_once_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.training.PatchDiscriminator", partial(PatchDiscriminator, 16))
+    monkeypatch.setattr("bitvae.losses.PatchDiscriminator", partial(PatchDiscriminator, 16))
     child = begin(tmp_path, config=replace(EVERYTHING, steps=500))
-    while len(read_log(tmp_path / "metrics.jsonl")) < 1: time.sleep(0.01)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 1: time.sleep(0.01)
     with pytest.raises(RunExistsError, match="another process is training in"): train(replace(EVERYTHING, steps=500), "bundled", tmp_path)
     assert child.is_alive()
     child.kill()
@@ -138,7 +138,7 @@ def test_how_work_is_shared_out_may_change(tmp_path):
     config = recipe("smoke", steps=6, checkpoint_every=3, batch=2)
     with pytest.raises(KeyboardInterrupt): stop_after(3, lambda: train(config, "bundled", tmp_path))
     train(replace(config, batch=1, accumulate=2, checkpoint_every=1, keep=9, activation_checkpointing=True), "bundled", tmp_path)
-    assert [c.name[-1] for c in checkpoints(tmp_path / "checkpoints")] == ["3", "4", "5", "6"]
+    assert [c.name[-1] for c in list_checkpoints(tmp_path / "checkpoints")] == ["3", "4", "5", "6"]
     with pytest.raises(RunExistsError, match=r"lr \(0.0015 there, 0.1 here\)"): train(replace(config, lr=0.1), "bundled", tmp_path)
     with pytest.raises(RunExistsError, match=r"crops per step \(\[2\] there, \[4\] here\)"): train(replace(config, batch=4), "bundled", tmp_path)
 
@@ -147,16 +147,16 @@ def stop_after(steps, what):
     "SIGTERM when so many steps are logged."
     import bitvae.training
 
-    plain = bitvae.training.bit_use
+    plain = bitvae.run_dir.summarize_bits
     def counting(bits):
         nonlocal steps
         steps -= 1
         if steps == 0: os.kill(os.getpid(), signal.SIGTERM)
         return plain(bits)
 
-    bitvae.training.bit_use = counting
+    bitvae.run_dir.summarize_bits = counting
     try: return what()
-    finally: bitvae.training.bit_use = plain
+    finally: bitvae.run_dir.summarize_bits = plain
 
 
 # what goes wrong around a run
@@ -173,11 +173,11 @@ train(config, "bundled", {str(tmp_path / "run")!r})
 """
     def go(limit): return subprocess.run([sys.executable, "-c", code.format(ema=0.9, limit=limit)], capture_output=True, text=True)
     with pytest.raises(KeyboardInterrupt): stop_after(3, lambda: train(recipe("smoke", steps=8, checkpoint_every=2, ema=0.9), "bundled", tmp_path / "run"))
-    before = checkpoints(tmp_path / "run" / "checkpoints")
+    before = list_checkpoints(tmp_path / "run" / "checkpoints")
     room = max(f.stat().st_size for f in before[-1].iterdir())
     full = go(room // 2)
     assert full.returncode == 1 and "OSError" in full.stderr and "cannot write" in full.stderr and "make room; earlier checkpoints are kept" in full.stderr
-    assert checkpoints(tmp_path / "run" / "checkpoints") == before and read_checkpoint(before[-1])
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == before and read_checkpoint(before[-1])
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
     assert go(0).returncode == 0 and (tmp_path / "run" / "tokenizer").exists()
 
@@ -201,31 +201,31 @@ def test_a_folder_that_vanishes(tmp_path):
 def vanish_after(steps, folder, what):
     import bitvae.training
 
-    plain = bitvae.training.bit_use
+    plain = bitvae.run_dir.summarize_bits
     def counting(bits):
         nonlocal steps
         steps -= 1
         if steps == 0: folder.rename(folder.with_name("away"))
         return plain(bits)
 
-    bitvae.training.bit_use = counting
+    bitvae.run_dir.summarize_bits = counting
     try: return what()
-    finally: bitvae.training.bit_use = plain
+    finally: bitvae.run_dir.summarize_bits = plain
 
 
 def test_a_loading_process_that_dies(tmp_path):
     import bitvae.training
 
-    plain, killed = bitvae.training.bit_use, []
+    plain, killed = bitvae.run_dir.summarize_bits, []
     def killing(bits):
-        for child in multiprocessing.active_children() if checkpoints(tmp_path / "checkpoints") else (): child.kill(); killed.append(child.pid)
+        for child in multiprocessing.active_children() if list_checkpoints(tmp_path / "checkpoints") else (): child.kill(); killed.append(child.pid)
         return plain(bits)
 
-    bitvae.training.bit_use, start = killing, time.monotonic()
+    bitvae.run_dir.summarize_bits, start = killing, time.monotonic()
     try:
         with pytest.raises(DataError, match=r"step \d+: a process that loads images died .*resume with fewer workers"):
             train(recipe("smoke", steps=4000, checkpoint_every=1), "bundled", tmp_path, workers=1)
-    finally: bitvae.training.bit_use = plain
+    finally: bitvae.run_dir.summarize_bits = plain
     assert killed and time.monotonic() - start < 60 and newest_checkpoint(tmp_path / "checkpoints")[1]["step"] >= 1
 
 
@@ -234,7 +234,7 @@ def test_broken_pictures_are_passed_over_counted_and_logged(tmp_path):
     (photographs / "007.png").write_bytes(b"no picture")
     config = recipe("smoke", steps=70, checkpoint_every=70)
     with pytest.warns(UserWarning, match="passed over .*007.png is not an image"): train(config, photographs, tmp_path / "run")
-    (line,) = read_log(tmp_path / "run" / "broken.jsonl")
+    (line,) = read_metrics(tmp_path / "run" / "broken.jsonl")
     assert line["name"].endswith("007.png") and "not an image" in line["reason"]
     (photographs / "008.png").write_bytes(b"no picture")
     with warnings.catch_warnings(), pytest.raises(DataError, match="2 of 120 pictures cannot be used, more than max_broken=0.01 allows, the last one: .*00[78].png"):
@@ -246,7 +246,7 @@ def test_broken_pictures_are_passed_over_counted_and_logged(tmp_path):
 
 
 def test_a_collapsed_scale_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.records.CollapseWatch.__init__.__defaults__", (5,))
+    monkeypatch.setattr("bitvae.run_dir.CollapseWatch.__init__.__defaults__", (5,))
     config = recipe("smoke", steps=12, checkpoint_every=12, freeze="encoder", start=str(constant_tokenizer(tmp_path / "constant")), start_norm=None)
     with pytest.warns(CollapseWarning, match=r"step 5: scale 1x1 has collapsed, its bits were the same for every picture for 5 steps"): train(config, "bundled", tmp_path / "run")
 
@@ -271,14 +271,14 @@ def test_finetune_with_a_frozen_encoder_keeps_existing_bits_valid(tmp_path):
 
 
 def test_stage_two_starts_from_stage_one_with_its_critic(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.training.PatchDiscriminator", partial(PatchDiscriminator, 16))
+    monkeypatch.setattr("bitvae.losses.PatchDiscriminator", partial(PatchDiscriminator, 16))
     small = {"channels": 32, "multipliers": (1, 1, 1, 1, 1), "res_blocks": 1, "perceptual": "none", "checkpoint_every": 2}
     train(recipe("d16_stage1", size=32, batch=2, steps=3, discriminator_start=1, **small), "bundled", tmp_path / "one")
     two = recipe("d16_stage2", start=str(tmp_path / "one"), size=(32, 64, 96), batch=(4, 2, 1), steps=9, **small)
     begun = []
     def noting(plain): return lambda *given: begun.append(plain(*given)) or begun[-1]
-    monkeypatch.setattr(Plan, "of_pass", noting(Plan.of_pass))
-    monkeypatch.setattr("bitvae.training.start_critic", noting(start_critic))
+    monkeypatch.setattr(CropPlan, "of_pass", noting(CropPlan.of_pass))
+    monkeypatch.setattr("bitvae.training.init_discriminator", noting(init_discriminator))
     with pytest.raises(KeyboardInterrupt): stop_after(4, lambda: train(two, "bundled", tmp_path / "two"))
     critic = begun[0]
     assert critic and set(critic) == set(PatchDiscriminator(16).state_dict())

@@ -13,8 +13,8 @@ import torch
 
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs, save_image
-from bitvae.tokenizer import latent
-from bitvae.tokens import TokenDataset, index_of, verify
+
+from bitvae.token_dataset import index_shard, TokenDataset, verify_dataset
 
 KILLS = 20 if int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000 else 5
 FORMS = {"tar": [], "safetensors": ["--form", "safetensors", "--latents"]}
@@ -81,8 +81,8 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(pictures, wholes, tmp_path, 
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(wholes[form])
-    keys = [key for shard in shards(tmp_path, form) for key in index_of(shard)]
-    assert keys == [f"{i:09d}" for i in range(108)] and verify(tmp_path)["count"] == 108
+    keys = [key for shard in shards(tmp_path, form) for key in index_shard(shard)]
+    assert keys == [f"{i:09d}" for i in range(108)] and verify_dataset(tmp_path)["count"] == 108
     print(f"{form}: killed {killed} times, {len(keys)} pictures, each once")
 
 
@@ -100,7 +100,7 @@ def test_read_back(pictures, wholes, form):
     for i in (0, 53, 107):
         x = load_image(files[i], 128)
         assert data[i].bits == tok.encode(x) and data[i].label == int(files[i].parent.name[-1])
-        if form == "safetensors": torch.testing.assert_close(data[i].z.float(), latent(tok, x), atol=1e-3, rtol=1e-2)
+        if form == "safetensors": torch.testing.assert_close(data[i].z.float(), tok.encode_latent(x), atol=1e-3, rtol=1e-2)
 
 
 def test_rows_are_read_without_this_package(pictures, wholes):

@@ -16,7 +16,7 @@ import yaml
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs
 from bitvae.recipes import recipe
-from bitvae.records import read_log
+from bitvae.run_dir import read_metrics
 from bitvae.training import train
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_activation_checkpointing_changes_no_loss_and_lowers_the_peak():
 
 def test_losses_stay_finite_with_critic_and_perceptual_distance(tmp_path):
     train(recipe("quick", steps=40, discriminator_start=30, perceptual="efficientnet", perceptual_weight=0.02, size=32, checkpoint_every=20), "bundled", tmp_path)
-    log = read_log(tmp_path / "metrics.jsonl")
+    log = read_metrics(tmp_path / "metrics.jsonl")
     assert all(math.isfinite(v) for line in log for v in line.values() if isinstance(v, float))
     assert {"perceptual", "adversarial", "hinge", "lecam", "gradient_critic"} <= set(log[-1])
     first, last = (sum(line["pixels"] for line in part) for part in (log[:10], log[20:30]))  # until the critic joins, which takes over for a while
@@ -71,14 +71,14 @@ def test_any_callable_is_a_perceptual_distance(tmp_path):
     calls = []
     def distance(x, y): calls.append(x.shape); return (x - y).square().mean((1, 2, 3))
     train(recipe("smoke"), "bundled", tmp_path, perceptual=distance)
-    assert (2, 3, 32, 32) in calls and "perceptual" in read_log(tmp_path / "metrics.jsonl")[0]
+    assert (2, 3, 32, 32) in calls and "perceptual" in read_metrics(tmp_path / "metrics.jsonl")[0]
 
 
 def test_torch_compile_gives_the_same_losses(tmp_path, monkeypatch):
     "With the backend that traces and differentiates but generates no code, which would take minutes here."
     plain, compiled = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or plain(self, backend="aot_eager"))
-    def losses(compile): train(recipe("smoke", compile=compile), "bundled", tmp_path / str(compile)); return [line["loss"] for line in read_log(tmp_path / str(compile) / "metrics.jsonl")]
+    def losses(compile): train(recipe("smoke", compile=compile), "bundled", tmp_path / str(compile)); return [line["loss"] for line in read_metrics(tmp_path / str(compile) / "metrics.jsonl")]
     assert losses(True) == pytest.approx(losses(False), rel=1e-4)
     assert BitVAE.from_pretrained(tmp_path / "True").config == recipe("smoke").model and len(compiled) == 2
 
@@ -103,7 +103,7 @@ def test_training_on_a_hugging_face_data_set(tmp_path):
     rows.save_to_disk(tmp_path / "rows")
     train(recipe("smoke"), f"datasets:{tmp_path / 'rows'}", tmp_path / "run", workers=1)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["images"]["count"] == 9 and len(read_log(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert run["images"]["count"] == 9 and len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
 # records

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bitvae.cli import NotebookError, run_notebook
-from bitvae.evaluation import table
+from bitvae.evaluation import results_table
 from bitvae.images import held_out_photographs, load_image, show_images
 from bitvae.tokenizer import BitVAE
 
@@ -42,7 +42,7 @@ def main() -> None:
     for who, (into, tokenizer, size) in made.items():
         results, tok = json.loads((into / "metrics.json").read_text()), BitVAE.from_pretrained(tokenizer)
         rows.append(torch.cat([tok.decode(tok.encode(load_image(f, size))) for f in images]))
-        print(f"\nThe tokenizer {who}, on held-out {', '.join(Path(name).stem for name in results['images'])} at {size}x{size} pixels:\n\n{table(results)}")
+        print(f"\nThe tokenizer {who}, on held-out {', '.join(Path(name).stem for name in results['images'])} at {size}x{size} pixels:\n\n{results_table(results)}")
     show_images(rows, ["photograph"] * 4 + ["trained just now"] * 4 + ["of the package"] * 4, columns=4, width=2).savefig(folder / "both.png", dpi=100)
 
     print(f"\nin {(time.monotonic() - start) / 60:.1f} minutes; in {show}:")

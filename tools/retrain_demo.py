@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from bitvae.cli import NotebookError, run_notebook
-from bitvae.codec import fit_coder
-from bitvae.entropy import save_coder
-from bitvae.evaluation import table
-from bitvae.tokenizer import CODER, BitVAE
+from bitvae.bitstream import fit_coder
+from bitvae.entropy_coding import save_coder
+from bitvae.evaluation import results_table
+from bitvae.checkpoints import CODER_FILE
+from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS, CARD = Path("nbs/experiments"), Path("benchmarks/demo-tokenizer")
@@ -51,9 +52,9 @@ def main() -> None:
     made = folder / "demo"
     BitVAE.from_pretrained(train_stages(folder, args.steps)).half().save_pretrained(made)
     if not args.steps:
-        save_coder(fit_coder(BitVAE.from_pretrained(made), str(CARD / "photographs")), made / CODER)
+        save_coder(fit_coder(BitVAE.from_pretrained(made), str(CARD / "photographs")), made / CODER_FILE)
         run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", tokenizer=str(made), folder=str(folder), metrics=["psnr", "ssim", "ms_ssim", "efficientnet"])
-        print(f"\n{table(json.loads((folder / 'metrics.json').read_text()))}\n")
+        print(f"\n{results_table(json.loads((folder / 'metrics.json').read_text()))}\n")
     same = same_weights(BitVAE.from_pretrained(made), BitVAE.from_pretrained("demo"))
     print(f"in {(time.monotonic() - start) / 60:.1f} minutes: {made}; these weights are {'those' if same else 'not those'} of the package")
 

@@ -1,0 +1,1 @@
+def tiled_forward(net, x, rows): return net(x)
