@@ -87,12 +87,14 @@ def latent_from_bits(
     bits: Bits,  # all scales or a prefix
 ) -> Tensor:  # quantized latent (B, d, h, w), float32
     "Sum the upsampled codes of all token maps."
-    return reduce(Tensor.add_, (upsample_codes(token_map, bits.latent_size) for token_map in bits))
+    codes = (upsample_codes(token_map, bits.latent_size) for token_map in bits)
+    return reduce(Tensor.add_, codes).contiguous()
 
 
 def prefix_latents(bits: Bits) -> list[Tensor]:  # K quantized latents (B, d, h, w), float32
     "Return `latent_from_bits` of the first scale, the first two, ..., all."
-    return list(accumulate(upsample_codes(token_map, bits.latent_size) for token_map in bits))
+    codes = (upsample_codes(token_map, bits.latent_size) for token_map in bits)
+    return [z.contiguous() for z in accumulate(codes)]
 
 # %% ../nbs/03_quantizer.ipynb #e90d737b
 def binary_entropy(p: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ def forward(
             z_q = z_q + codes
             token_maps.append(token_map)
             losses.append(scale_loss(v, *weights).loss if self.training else v.new_zeros(()))
-    return Quantized(z_q, Bits(token_maps, kept, tuple(z.shape[-2:])), torch.stack(losses))
+    return Quantized(z_q.contiguous(), Bits(token_maps, kept, tuple(z.shape[-2:])), torch.stack(losses))
 
 
 @torch.no_grad()
