@@ -1,12 +1,12 @@
 # make demo: train and evaluate a tokenizer in minutes | make retrain-demo: train the one in the package again
-# make bench: measure speed against peers | make test | make lab | make export | make clean
+# make bench: measure speed against peers | make test | make quick: the tests of minutes | make lab | make export | make clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 # threads that wait must not spin: with several processes on few cores that costs more than it gains
-demo retrain-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo retrain-demo test quick: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo retrain-demo bench test lab export clean
+.PHONY: demo retrain-demo bench test quick lab export clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -17,10 +17,14 @@ retrain-demo: .venv/installed
 bench: .venv/installed
 	folder=benchmarks/speed/$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability().lower())"); \
 	mkdir -p $$folder && $(BIN)/bitvae run nbs/experiments/benchmark.ipynb $$folder/benchmark.ipynb --set folder=$$folder --set width=128 --set size=256 \
-		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096 --set large_width=128
+		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set pictures=64 --set small=128 --set compiled=true --set large=4096 --set large_width=128 \
+		--set 'counted=[]'
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+quick: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lab: .venv/installed
 	$(BIN)/jupyter lab nbs

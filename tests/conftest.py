@@ -1,4 +1,5 @@
 """Shared pieces of the tests, and the closing line that says how many passed."""
+
 import json
 import time
 from pathlib import Path
@@ -13,20 +14,28 @@ ROOT = Path(__file__).parent.parent
 def golden():
     "Read one of the reference files: golden('x.json') or golden('x.safetensors')."
     folder = Path(__file__).parent / "golden"
-    return lambda name: json.loads((folder / name).read_text()) if name.endswith(".json") else load_file(folder / name)
+    return lambda name: (
+        json.loads((folder / name).read_text()) if name.endswith(".json") else load_file(folder / name)
+    )
 
 
-def pytest_sessionstart(session): session.config.started = time.time()
+def pytest_sessionstart(session):
+    session.config.started = time.time()
 
 
 def pytest_terminal_summary(terminalreporter, config):
     for file in sorted((ROOT / "runs" / "screenshots").glob("*.png")):
-        if file.stat().st_mtime > config.started: terminalreporter.write_line(f"screenshot saved: {file.relative_to(ROOT)}")
+        if file.stat().st_mtime > config.started:
+            terminalreporter.write_line(f"screenshot saved: {file.relative_to(ROOT)}")
 
 
 def pytest_unconfigure(config):
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None: return
-    count = {outcome: len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")}
-    if count["skipped"]: print(f"\n{count['skipped']} skipped")
+    if reporter is None:
+        return
+    count = {
+        outcome: len(reporter.stats.get(outcome, [])) for outcome in ("passed", "failed", "error", "skipped")
+    }
+    if count["skipped"]:
+        print(f"\n{count['skipped']} skipped")
     print(f"\n{count['passed']} passed, {count['failed'] + count['error']} failed")

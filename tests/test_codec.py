@@ -1,4 +1,5 @@
 "Bits files: round trips, damage, other processes, the command line. BITVAE_TRIALS=100000 tries more."
+
 import hashlib
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from children import bitvae
 
 from bitvae import BitVAE, Bits, load_image
 from bitvae.bits import BitsError
@@ -19,23 +21,48 @@ from bitvae.entropy_coding import coder_for
 from bitvae.images import held_out_photographs
 
 TRIALS = int(os.environ.get("BITVAE_TRIALS", 1000))
-MODES = ("dynamic", "dense", "original", "half", "dense_f8", "same1", "same2", "same3", "dynamic_x2", "dense_x2", "half_x2", "same2_x2")
+MODES = (
+    "dynamic",
+    "dense",
+    "original",
+    "half",
+    "dense_f8",
+    "same1",
+    "same2",
+    "same3",
+    "dynamic_x2",
+    "dense_x2",
+    "half_x2",
+    "same2_x2",
+)
 DEMO = BitVAE.from_pretrained("demo").fingerprint
 
 
 def random_bits(rng, most=3000):
     "Bits of any width, schedule and batch, all scales of it or some, up to so many in all."
     while True:
-        mode, h, w, d, B = MODES[rng.integers(len(MODES))], *(int(2 ** rng.uniform(0, 6.1)) for _ in range(2)), int(2 ** rng.uniform(0, 6.5)), int(2 ** rng.uniform(0, 4))
+        mode, h, w, d, B = (
+            MODES[rng.integers(len(MODES))],
+            *(int(2 ** rng.uniform(0, 6.1)) for _ in range(2)),
+            int(2 ** rng.uniform(0, 6.5)),
+            int(2 ** rng.uniform(0, 4)),
+        )
         h, w = (16, 16) if mode.startswith("half") else (h, w)
         h, w = (2 * h, 2 * w) if mode.endswith("_x2") else (h, w)
         schedule = scale_schedule(h, w, mode)
-        if rng.random() < 0.2: schedule = tuple(size for size in schedule[:-1] if rng.random() < 0.5) + schedule[-1:]
-        if B * d * sum(a * b for a, b in schedule) <= most: break
-    share, held = rng.choice([0.5, 0.5, 0.9, 1.0]), rng.integers(1, len(schedule) + 1) if rng.random() < 0.3 else len(schedule)
+        if rng.random() < 0.2:
+            schedule = tuple(size for size in schedule[:-1] if rng.random() < 0.5) + schedule[-1:]
+        if B * d * sum(a * b for a, b in schedule) <= most:
+            break
+    share, held = (
+        rng.choice([0.5, 0.5, 0.9, 1.0]),
+        rng.integers(1, len(schedule) + 1) if rng.random() < 0.3 else len(schedule),
+    )
     planes = [torch.from_numpy(rng.random((B, a, b, d)) < share) for a, b in schedule[:held]]
     size = (h * 8 - int(rng.integers(8)), w * 8 - int(rng.integers(8))) if rng.random() < 0.7 else None
-    return Bits(planes, schedule, image_size=size, tokenizer=[None, DEMO, "00112233445566ff"][rng.integers(3)])
+    return Bits(
+        planes, schedule, image_size=size, tokenizer=[None, DEMO, "00112233445566ff"][rng.integers(3)]
+    )
 
 
 def test_round_trips_are_exact():
@@ -52,21 +79,38 @@ def test_round_trips_are_exact():
 
 def test_large_batches_and_pictures():
     rng = np.random.default_rng(1)
-    for mode, h, w, d, B in (("dense", 64, 64, 64, 1), ("dynamic", 64, 48, 32, 2), ("dynamic", 16, 16, 6, 300), ("dense", 16, 16, 200, 1)):
+    for mode, h, w, d, B in (
+        ("dense", 64, 64, 64, 1),
+        ("dynamic", 64, 48, 32, 2),
+        ("dynamic", 16, 16, 6, 300),
+        ("dense", 16, 16, 200, 1),
+    ):
         schedule = scale_schedule(h, w, mode)
-        bits = Bits([torch.from_numpy(rng.random((B, a, b, d)) < 0.5) for a, b in schedule], schedule, image_size=(16 * h, 16 * w), tokenizer=DEMO)
+        bits = Bits(
+            [torch.from_numpy(rng.random((B, a, b, d)) < 0.5) for a, b in schedule],
+            schedule,
+            image_size=(16 * h, 16 * w),
+            tokenizer=DEMO,
+        )
         assert len(bits.to_bytes()) <= -(-bits.count * B // 8) + 64
         assert Bits.from_bytes(bits.to_bytes()) == bits
-        if d < 64: assert Bits.from_bytes(bits.to_bytes(compress=True)) == bits
+        if d < 64:
+            assert Bits.from_bytes(bits.to_bytes(compress=True)) == bits
 
 
 @pytest.fixture(scope="module")
 def files():
     "Files of real bits, raw and compressed, and what they hold."
     tok = BitVAE.from_pretrained("demo")
-    made = [tok.encode(load_image(f, size)) for f, size in zip(held_out_photographs(), (64, 128, 96, 256, 64, 64), strict=True)]
+    made = [
+        tok.encode(load_image(f, size))
+        for f, size in zip(held_out_photographs(), (64, 128, 96, 256, 64, 64), strict=True)
+    ]
     even = BitVAE.from_pretrained("demo", "dense_x2").encode(load_image(held_out_photographs()[0], 128))
-    made += [even, Bits(even.planes[1::2], even.schedule[1::2], even.latent_size, even.image_size, even.tokenizer)]  # some scales, too
+    made += [
+        even,
+        Bits(even.planes[1::2], even.schedule[1::2], even.latent_size, even.image_size, even.tokenizer),
+    ]  # some scales, too
     return [(b.to_bytes(compress), b) for b in made for compress in (False, True)]
 
 
@@ -74,11 +118,19 @@ def damaged(rng, files):
     data, bits = files[rng.integers(len(files))]
     data, kind = bytearray(data), rng.integers(6)
     if kind in (0, 4):
-        for _ in range(rng.integers(1, 8)): data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-    if kind in (1, 4): del data[rng.integers(len(data)) :]
-    if kind == 2: data[: rng.integers(1, 70)] = files[rng.integers(len(files))][0][: rng.integers(1, 70)]       # swapped headers
-    if kind == 3: data[6 : 6 + rng.integers(1, 30)] = bytes(rng.integers(128, 256, rng.integers(1, 30), np.uint8))  # huge numbers
-    if kind == 5:                                                                                               # a header that fits its check sum
+        for _ in range(rng.integers(1, 8)):
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    if kind in (1, 4):
+        del data[rng.integers(len(data)) :]
+    if kind == 2:
+        data[: rng.integers(1, 70)] = files[rng.integers(len(files))][0][
+            : rng.integers(1, 70)
+        ]  # swapped headers
+    if kind == 3:
+        data[6 : 6 + rng.integers(1, 30)] = bytes(
+            rng.integers(128, 256, rng.integers(1, 30), np.uint8)
+        )  # huge numbers
+    if kind == 5:  # a header that fits its check sum
         end, other = read_header(bytes(data)).end, files[rng.integers(len(files))][0]
         data[:end] = other[: read_header(other).end]
     return bytes(data), bits
@@ -92,14 +144,19 @@ def test_damage_is_found_or_what_is_intact_comes_back(files):
         for _ in range(TRIALS * 4):
             data, bits = damaged(rng, files)
             start = time.perf_counter()
-            try: back = Bits.from_bytes(data)
-            except BitsError: continue
-            finally: slowest = max(slowest, time.perf_counter() - start)
+            try:
+                back = Bits.from_bytes(data)
+            except BitsError:
+                continue
+            finally:
+                slowest = max(slowest, time.perf_counter() - start)
             kept += data not in originals
             candidates = [b for _, b in files if len(back) <= len(b) and b.schedule == back.schedule]
             assert any(back == b[: len(back)] for b in candidates), (len(data), back)
     assert kept > TRIALS / 50  # cut tails still show something
-    print(f"{kept} of {TRIALS * 4} damaged files gave scales that are intact; the slowest took {1000 * slowest:.0f} ms")
+    print(
+        f"{kept} of {TRIALS * 4} damaged files gave intact scales; the slowest took {1000 * slowest:.0f} ms"
+    )
 
 
 LIMITED = """
@@ -120,8 +177,13 @@ def test_huge_claims_take_no_memory(claims):
 
     from bitvae.bitstream import BITS_VERSION, checksum_widths, COMPRESSED, encode_varints, MAGIC
 
-    head = MAGIC + bytes([BITS_VERSION, COMPRESSED if claims == "compressed" else 0]) + encode_varints(64, 10**9, 0, 1000, 1000)
-    if claims == "compressed": head += struct.pack("<I", 0) + encode_varints(2**34)
+    head = (
+        MAGIC
+        + bytes([BITS_VERSION, COMPRESSED if claims == "compressed" else 0])
+        + encode_varints(64, 10**9, 0, 1000, 1000)
+    )
+    if claims == "compressed":
+        head += struct.pack("<I", 0) + encode_varints(2**34)
     used = len(head)
     head += bytes(sum(checksum_widths(len(scale_schedule(1000, 1000)), used)))
     data = head + struct.pack("<I", zlib.crc32(head)) + bytes(50)
@@ -136,15 +198,23 @@ def test_flags_that_contradict_are_refused():
 
     from bitvae.bitstream import BITS_VERSION, checksum_widths, DOUBLED, encode_varints, EXPLICIT, MAGIC, SUBSET
 
-    for flags, schedule, message in ((EXPLICIT, encode_varints(1, 4, 4), None), (EXPLICIT | DOUBLED, encode_varints(1, 4, 4), "describes no bits"), (EXPLICIT | SUBSET, encode_varints(1, 4, 4), "describes no bits"),
-                                     (SUBSET, encode_varints(0, 4, 4) + b"\x20", None), (SUBSET, encode_varints(0, 4, 4) + b"\x00", "check sum"), (DOUBLED, encode_varints(0, 5, 4), "names no schedule")):  # fmt: skip
+    for flags, schedule, message in (
+        (EXPLICIT, encode_varints(1, 4, 4), None),
+        (EXPLICIT | DOUBLED, encode_varints(1, 4, 4), "describes no bits"),
+        (EXPLICIT | SUBSET, encode_varints(1, 4, 4), "describes no bits"),
+        (SUBSET, encode_varints(0, 4, 4) + b"\x20", None),
+        (SUBSET, encode_varints(0, 4, 4) + b"\x00", "check sum"),
+        (DOUBLED, encode_varints(0, 5, 4), "names no schedule"),
+    ):
         head = MAGIC + bytes([BITS_VERSION, flags]) + encode_varints(1, 1) + schedule
         head += struct.pack("<I", zlib.crc32(bytes(2)))
         data = head + struct.pack("<I", zlib.crc32(head)) + bytes(2)
         assert checksum_widths(1, len(head) - 4) == [4]
-        if message is None: assert Bits.from_bytes(data).schedule == ((4, 4),)
+        if message is None:
+            assert Bits.from_bytes(data).schedule == ((4, 4),)
         else:
-            with pytest.raises(BitsError, match=message): Bits.from_bytes(data)
+            with pytest.raises(BitsError, match=message):
+                Bits.from_bytes(data)
 
 
 def test_many_scales_take_no_time():
@@ -154,10 +224,17 @@ def test_many_scales_take_no_time():
     from bitvae.bitstream import BITS_VERSION, checksum_widths, COMPRESSED, encode_varints, EXPLICIT, MAGIC
 
     for scales, d in ((255, 512), (4000, 1), (64, 64)):
-        head = MAGIC + bytes([BITS_VERSION, COMPRESSED | EXPLICIT]) + encode_varints(d, 1, scales, *[1, 1] * scales) + struct.pack("<I", 0) + encode_varints(4000)
+        head = (
+            MAGIC
+            + bytes([BITS_VERSION, COMPRESSED | EXPLICIT])
+            + encode_varints(d, 1, scales, *[1, 1] * scales)
+            + struct.pack("<I", 0)
+            + encode_varints(4000)
+        )
         head += bytes(sum(checksum_widths(scales, len(head))))
         start = time.perf_counter()
-        with pytest.raises(BitsError): Bits.from_bytes(head + struct.pack("<I", zlib.crc32(head)) + bytes(4000))
+        with pytest.raises(BitsError):
+            Bits.from_bytes(head + struct.pack("<I", zlib.crc32(head)) + bytes(4000))
         assert time.perf_counter() - start < 10, (scales, d)  # unbounded it would take minutes
 
 
@@ -166,7 +243,10 @@ def test_the_same_bytes_everywhere(tmp_path):
     rng = np.random.default_rng(7)
     schedule = scale_schedule(16, 16)
     coarse = rng.random((1, 16, 16, 6))
-    bits = Bits([torch.from_numpy((coarse[:, :h, :w] + 0.3 * rng.random((1, h, w, 6))) < 0.9) for h, w in schedule], schedule)
+    bits = Bits(
+        [torch.from_numpy((coarse[:, :h, :w] + 0.3 * rng.random((1, h, w, 6))) < 0.9) for h, w in schedule],
+        schedule,
+    )
     learning = bits.to_bytes(compress=True)
     assert read_header(learning).coder == 0
     assert hashlib.sha256(learning).hexdigest()[:16] == "b23bedcd51e03c4e"
@@ -175,13 +255,19 @@ def test_the_same_bytes_everywhere(tmp_path):
     assert read_header(data).coder == coder_for(DEMO, 6).id
     file = tmp_path / "a.bits"
     file.write_bytes(data)
-    code = f"import sys, hashlib; from bitvae import Bits; b = Bits.load({str(file)!r}); sys.stdout.write(hashlib.sha256(b.to_bytes()).hexdigest())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    code = f"""
+import hashlib
+from bitvae import Bits
+print(hashlib.sha256(Bits.load({str(file)!r}).to_bytes()).hexdigest(), end="")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.stdout == hashlib.sha256(bits.to_bytes()).hexdigest()
-
-
-def bitvae(*arguments):
-    return subprocess.run([sys.executable, "-m", "bitvae.cli", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_command_line(tmp_path):
@@ -193,7 +279,12 @@ def test_command_line(tmp_path):
     assert load_image(picture).shape == load_image(cat).shape
     other = BitVAE(BitVAE.from_pretrained("demo").config).save_pretrained(tmp_path / "other")
     run = bitvae("decode", bits, picture, "--tokenizer", other)
-    assert run.returncode == 1 and DEMO in run.stderr and BitVAE.from_pretrained(other).fingerprint in run.stderr and "Traceback" not in run.stderr
+    assert (
+        run.returncode == 1
+        and DEMO in run.stderr
+        and BitVAE.from_pretrained(other).fingerprint in run.stderr
+        and "Traceback" not in run.stderr
+    )
     assert bitvae("decode", bits, picture, "--tokenizer", other, "--force").returncode == 0
     run = bitvae("fit-coder", other, "--count", 8)
     assert run.returncode == 0, run.stderr

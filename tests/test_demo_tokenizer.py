@@ -1,21 +1,24 @@
-"""The tokenizer in the package: its size, its speed of loading, what it does to photographs it never saw, and its training again."""
+"""The bundled tokenizer: its size, loading without network, quality on held-out photographs, retraining."""
+
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from children import ROOT, call, ranks, script
+from filelock import FileLock
 
 from bitvae.evaluation import evaluate, protocol_rows, results_table
 from bitvae.images import held_out_photographs, load_image
 from bitvae.tokenizer import BitVAE
 from bitvae.checkpoints import bundled_dir
+from bitvae.training import main as train_main, train_arguments
+from bitvae.launch import launch_environment
 
-ROOT = Path(__file__).parent.parent
 CARD = ROOT / "benchmarks" / "demo-tokenizer"
 
 
@@ -25,8 +28,15 @@ def tok():
 
 
 @pytest.fixture(scope="module")
-def results(tok):
-    return evaluate(tok, "held-out", "clamped", ["psnr", "ssim", "efficientnet"], jpegs=(0.13,))
+def results(tok, tmp_path_factory, worker_id):
+    "An evaluation on the held-out photographs, made once by the workers of pytest-xdist together."
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder if worker_id == "master" else folder.parent) / "demo-results.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            made = evaluate(tok, "held-out", "clamped", ["psnr", "ssim", "efficientnet"], jpegs=(0.13,))
+            file.write_text(json.dumps(made))
+    return json.loads(file.read_text())
 
 
 def scales(results):
@@ -35,11 +45,22 @@ def scales(results):
 
 def test_small_and_without_network():
     assert sum(f.stat().st_size for f in bundled_dir().iterdir()) <= 8_000_000
-    code = "import socket; socket.socket.connect = socket.getaddrinfo = None; from bitvae import BitVAE; print(BitVAE.from_pretrained('demo').config.mode)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"BITVAE_WEIGHTS": "/nowhere"})
+    code = """
+import socket
+socket.socket.connect = socket.getaddrinfo = None
+from bitvae import BitVAE
+print(BitVAE.from_pretrained("demo").config.mode)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"BITVAE_WEIGHTS": "/nowhere"},
+    )
     assert done.stdout.strip() == "dynamic", done.stderr
 
 
+@pytest.mark.slow
 def test_rate_and_quality(results):
     last = scales(results)[-1]
     assert last["bits_per_pixel"] <= 0.26
@@ -47,19 +68,24 @@ def test_rate_and_quality(results):
     assert min(last["per_image"]["psnr"]) > 18
 
 
+@pytest.mark.slow
 def test_every_scale_brings_it_nearer(results):
     curve = [r["psnr"] for r in scales(results)]
     assert len(curve) >= 7 and all(a < b for a, b in zip(curve, curve[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_nearer_in_features_than_jpeg(results):
     rival = protocol_rows(results)["JPEG 0.13"]
     assert rival["bits_per_pixel"] >= 0.13
     assert scales(results)[-1]["efficientnet"] < rival["efficientnet"]
 
 
+@pytest.mark.slow
 def test_every_channel_is_used(results):
-    assert all(0.2 <= share <= 0.8 for share in results["bits"]["dynamic bicubic-256"]["usage"][-1]["share_of_ones"])
+    assert all(
+        0.2 <= share <= 0.8 for share in results["bits"]["dynamic bicubic-256"]["usage"][-1]["share_of_ones"]
+    )
 
 
 @pytest.mark.parametrize("file", held_out_photographs(), ids=lambda f: f.stem)
@@ -73,21 +99,37 @@ def test_natural_colours_and_no_grid(tok, file):
 
 
 def test_any_size(tok):
-    for size in ((16, 16), (100, 333)): assert tok.decode(tok.encode(torch.rand(2, 3, *size) * 2 - 1)).shape == (2, 3, *size)
+    for size in ((16, 16), (100, 333)):
+        assert tok.decode(tok.encode(torch.rand(2, 3, *size) * 2 - 1)).shape == (2, 3, *size)
 
 
+@pytest.mark.slow
 def test_card_tells_of_these_weights(results):
     card, kept = (CARD / "README.md").read_text(), json.loads((CARD / "metrics.json").read_text())
     assert hashlib.sha256((bundled_dir() / "model.safetensors").read_bytes()).hexdigest() in card
     assert results_table(kept) in card
-    for name, row in protocol_rows(results).items(): assert row["psnr"] == pytest.approx(protocol_rows(kept)[name]["psnr"], abs=0.02)
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", card): assert (CARD / link).exists(), link
+    for name, row in protocol_rows(results).items():
+        assert row["psnr"] == pytest.approx(protocol_rows(kept)[name]["psnr"], abs=0.02)
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", card):
+        assert (CARD / link).exists(), link
 
 
+@pytest.mark.slow
 def test_trained_again_it_is_the_same(tmp_path):
-    for run in "ab":
-        done = subprocess.run([sys.executable, ROOT / "tools/retrain_demo.py", "--folder", tmp_path / run, "--steps", "3"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "these weights are not those of the package" in done.stdout
-    weights = [(tmp_path / run / "demo" / "model.safetensors").read_bytes() for run in "ab"]
-    assert weights[0] == weights[1]
+    "Once by the tool and its notebooks, once by the command lines that these run."
+    done = call(script, ROOT / "tools" / "retrain_demo.py", "--folder", tmp_path, "--steps", 3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "these weights are not those of the package" in done.stdout
+    stages = [tmp_path / f"again{n}" for n in (1, 2)]
+    for n, run in enumerate(stages, 1):
+        overrides = {"steps": 3} | ({"start": str(stages[0])} if n == 2 else {})
+        line = train_arguments(f"demo_stage{n}", overrides, CARD / "photographs", run)
+        for rank in [child.finish() for child in ranks(2, train_main, line, **launch_environment(2))]:
+            assert rank.returncode == 0, rank.stderr[-2000:]
+        assert weights_in(run / "tokenizer") == weights_in(tmp_path / f"stage{n}" / "tokenizer")
+    again = BitVAE.from_pretrained(stages[1]).half().save_pretrained(tmp_path / "again")
+    assert weights_in(again) == weights_in(tmp_path / "demo")
+
+
+def weights_in(folder):
+    return (folder / "model.safetensors").read_bytes()

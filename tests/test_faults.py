@@ -1,16 +1,16 @@
 """What bad input gets: a message that names the thing and the remedy, and nothing lost."""
+
 import json
 import math
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import ROOT, bitvae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,19 +27,23 @@ from bitvae.tokenizer import BitVAEConfig
 from bitvae.training import PIXEL_LOSSES, train, TrainingDiverged
 
 GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
-ROOT = Path(__file__).parent.parent
-
-
-def bitvae(*arguments, **env):
-    return subprocess.run([sys.executable, "-m", "bitvae.cli", *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **env})
 
 
 # pictures
 
-@pytest.mark.parametrize(("mode", "color", "expected"), [
-    ("L", 51, (51, 51, 51)), ("LA", (51, 255), (51, 51, 51)), ("1", 1, (255, 255, 255)), ("RGBA", (9, 9, 9, 0), (255, 255, 255)),
-    ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("I;16", 51 * 257, (51, 51, 51)), ("F", 0.2, (51, 51, 51)),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("L", 51, (51, 51, 51)),
+        ("LA", (51, 255), (51, 51, 51)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (9, 9, 9, 0), (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 51 * 257, (51, 51, 51)),
+        ("F", 0.2, (51, 51, 51)),
+    ],
+)
 def test_every_mode_of_picture_becomes_rgb(tmp_path, mode, color, expected):
     file = tmp_path / ("x.tif" if mode in ("CMYK", "F") else "x.png")
     Image.new(mode, (8, 6), color).save(file)
@@ -50,7 +54,9 @@ def test_every_mode_of_picture_becomes_rgb(tmp_path, mode, color, expected):
 
 def test_palette_and_orientation(tmp_path):
     Image.new("RGB", (8, 6), (200, 100, 50)).quantize(4).save(tmp_path / "x.gif")
-    np.testing.assert_allclose(load_image(tmp_path / "x.gif")[0, :, 0, 0] * 127.5 + 127.5, (200, 100, 50), atol=1)
+    np.testing.assert_allclose(
+        load_image(tmp_path / "x.gif")[0, :, 0, 0] * 127.5 + 127.5, (200, 100, 50), atol=1
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
     Image.new("RGB", (8, 6)).save(tmp_path / "x.jpg", exif=exif)
@@ -59,14 +65,18 @@ def test_palette_and_orientation(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 10, 5000])
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_truncated_picture_stops_training_with_its_name(tmp_path, length, workers):
     (tmp_path / "cut.jpg").write_bytes(bundled_photographs()[0].read_bytes()[:length])
-    with pytest.raises(DataError, match="^no picture can be used, the last one: .*cut.jpg"): train(recipe("smoke", start_norm=None), tmp_path, tmp_path / "run", workers=workers)
+    with pytest.raises(DataError, match="^no picture can be used, the last one: .*cut.jpg"):
+        train(recipe("smoke", start_norm=None), tmp_path, tmp_path / "run", workers=workers)
 
 
+@pytest.mark.slow
 def test_picture_smaller_than_the_crop(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "tiny.png")
-    with pytest.raises(DataError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"): train(recipe("smoke"), tmp_path, tmp_path / "run")
+    with pytest.raises(DataError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"):
+        train(recipe("smoke"), tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(recipe("smoke", upscale=True), tmp_path, tmp_path / "other")
 
@@ -81,51 +91,86 @@ def test_any_size_comes_back_as_it_was(size):
 
 # checkpoints
 
-@pytest.fixture(scope="module")
-def weights(): return {n.removeprefix("vae."): w for n, w in load_file(GOLDEN).items() if n.startswith("vae.")}
-
 
 @pytest.fixture(scope="module")
-def bits(): return BitVAE.from_pretrained(GOLDEN).encode(load_image(bundled_photographs()[0], 64))
+def weights():
+    return {n.removeprefix("vae."): w for n, w in load_file(GOLDEN).items() if n.startswith("vae.")}
 
 
-def bare(name): return name.replace(".conv.conv.", ".@.").replace(".conv.", ".").replace(".norm.", ".").replace(".@.", ".conv.")
+@pytest.fixture(scope="module")
+def bits():
+    return BitVAE.from_pretrained(GOLDEN).encode(load_image(bundled_photographs()[0], 64))
 
 
-@pytest.mark.parametrize("layout", ["nested", "bare", "module", "nested module", "without levels", "safetensors", "extras"])
+def bare(name):
+    return (
+        name.replace(".conv.conv.", ".@.")
+        .replace(".conv.", ".")
+        .replace(".norm.", ".")
+        .replace(".@.", ".conv.")
+    )
+
+
+@pytest.mark.parametrize(
+    "layout", ["nested", "bare", "module", "nested module", "without levels", "safetensors", "extras"]
+)
 def test_published_layouts(tmp_path, weights, bits, layout):
     file, w = tmp_path / "x.pth", weights
-    if layout == "without levels": w = {bare(n): t for n, t in w.items()}
-    if "module" in layout: w = {f"module.{n}": t for n, t in w.items()}
-    if layout == "extras": w = w | {"perceptual_model.net.slice1.0.weight": torch.ones(3), "quantize.lfq.mask": torch.ones(16)}
-    if layout == "safetensors": save_file(w, file := tmp_path / "x.safetensors")
-    else: torch.save({"vae": w, "image_disc": {}, "opt_vae": {"state": {}}, "step": 7} if "nested" in layout or layout == "extras" else w, file)
+    if layout == "without levels":
+        w = {bare(n): t for n, t in w.items()}
+    if "module" in layout:
+        w = {f"module.{n}": t for n, t in w.items()}
+    if layout == "extras":
+        w = w | {"perceptual_model.net.slice1.0.weight": torch.ones(3), "quantize.lfq.mask": torch.ones(16)}
+    if layout == "safetensors":
+        save_file(w, file := tmp_path / "x.safetensors")
+    else:
+        torch.save(
+            {"vae": w, "image_disc": {}, "opt_vae": {"state": {}}, "step": 7}
+            if "nested" in layout or layout == "extras"
+            else w,
+            file,
+        )
     tok = BitVAE.from_pretrained(file)
     assert tok.config == BitVAEConfig(16, 32, (1, 1, 1, 1, 2), 1, 16, "dynamic")
     assert tok.encode(load_image(bundled_photographs()[0], 64)) == bits
 
 
 def test_missing_and_unexpected_names_are_listed(tmp_path, weights):
-    w = {n: t for n, t in weights.items() if "encoder.mid" not in n} | {"encoder.attn.q.weight": torch.ones(2)}
+    w = {n: t for n, t in weights.items() if "encoder.mid" not in n} | {
+        "encoder.attn.q.weight": torch.ones(2)
+    }
     torch.save({"vae": w}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"x\.pth does not fit .*missing: encoder\.mid\.block_1.* and 12 more; unexpected: encoder\.attn\.q\.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"x\.pth does not fit .*missing: encoder\.mid\.block_1.* and 12 more; "
+        r"unexpected: encoder\.attn\.q\.weight",
+    ):
         BitVAE.from_pretrained(tmp_path / "x.pth")
 
 
 def test_wrong_shapes_are_listed(tmp_path, weights):
-    torch.save(weights | {"encoder.mid.block_1.conv1.conv.weight": torch.ones(64, 32, 3, 3)}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"of other shape: encoder\.mid\.block_1\.conv1\.weight has \(64, 32, 3, 3\) instead of \(64, 64, 3, 3\)"):
+    torch.save(
+        weights | {"encoder.mid.block_1.conv1.conv.weight": torch.ones(64, 32, 3, 3)}, tmp_path / "x.pth"
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"of other shape: encoder\.mid\.block_1\.conv1\.weight has \(64, 32, 3, 3\) "
+        r"instead of \(64, 64, 3, 3\)",
+    ):
         BitVAE.from_pretrained(tmp_path / "x.pth")
 
 
 def test_no_code_from_a_pickle(tmp_path):
     class Evil:
-        def __reduce__(self): return os.mkdir, (str(tmp_path / "owned"),)
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save({"vae": Evil()}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps({"vae": Evil()}))
     for name in ("a.pth", "b.pth"):
-        with pytest.raises(CheckpointError, match=name): BitVAE.from_pretrained(tmp_path / name)
+        with pytest.raises(CheckpointError, match=name):
+            BitVAE.from_pretrained(tmp_path / name)
     assert not (tmp_path / "owned").exists()
 
 
@@ -133,7 +178,10 @@ def test_no_code_from_a_pickle(tmp_path):
 def test_released_names_without_network(tmp_path, monkeypatch, name):
     monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(ConnectionError, match=f"{name}.pth: fetch it from .*FoundationVision/Infinity.* put it at {tmp_path}/{name}.pth"):
+    with pytest.raises(
+        ConnectionError,
+        match=f"{name}.pth: fetch it from .*FoundationVision/Infinity.* put it at {tmp_path}/{name}.pth",
+    ):
         BitVAE.from_pretrained(name)
 
 
@@ -158,48 +206,78 @@ def test_published_names_load_back(tmp_path, weights):
 
 # runs
 
+
+@pytest.mark.slow
 def test_same_seed_same_weights(tmp_path):
     config = recipe("smoke", drop_rate=0.5, schedule="dense", seed=3, steps=4)
     files = [train(config, "bundled", tmp_path / name) / "model.safetensors" for name in "ab"]
-    other = train(recipe("smoke", drop_rate=0.5, schedule="dense", seed=4, steps=4), "bundled", tmp_path / "c") / "model.safetensors"
+    other = (
+        train(recipe("smoke", drop_rate=0.5, schedule="dense", seed=4, steps=4), "bundled", tmp_path / "c")
+        / "model.safetensors"
+    )
     assert files[0].read_bytes() == files[1].read_bytes() != other.read_bytes()
 
 
-@pytest.mark.parametrize(("rate_at_step_5", "message"), [(math.nan, "step 6: the weights it left give loss nan"), (1e25, "step 6: the weights it left give loss")])
+@pytest.mark.parametrize(
+    ("rate_at_step_5", "message"),
+    [
+        (math.nan, "step 6: the weights it left give loss nan"),
+        (1e25, "step 6: the weights it left give loss"),
+    ],
+)
+@pytest.mark.slow
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, rate_at_step_5, message):
     config = recipe("smoke", steps=20, checkpoint_every=1)
     monkeypatch.setattr("bitvae.recipes.lr_multiplier", lambda config, step: rate_at_step_5 if step == 5 else 1.0)
-    with pytest.raises(TrainingDiverged, match=f"{message}.*step-00000005 is kept"): train(config, "bundled", tmp_path / "run")
+    with pytest.raises(TrainingDiverged, match=f"{message}.*step-00000005 is kept"):
+        train(config, "bundled", tmp_path / "run")
     kept, content = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert content["step"] == 5 and all(w.isfinite().all() for w in load_file(kept / "model.safetensors").values())
+    assert content["step"] == 5 and all(
+        w.isfinite().all() for w in load_file(kept / "model.safetensors").values()
+    )
     tok = BitVAE.from_pretrained(tmp_path / "run")
     assert tok.decode(tok.encode(load_image(bundled_photographs()[0], 32))).isfinite().all()
 
 
+@pytest.mark.slow
 def test_infinite_loss_stops_at_once(tmp_path, monkeypatch):
     calls = iter(range(100))
-    monkeypatch.setitem(PIXEL_LOSSES, "mse", lambda y, x: torch.nn.functional.mse_loss(y, x) * (torch.inf if next(calls) == 7 else 1))  # two are validations
-    with pytest.raises(TrainingDiverged, match="step 5: loss inf"): train(recipe("smoke", steps=20), "bundled", tmp_path / "run")
+    monkeypatch.setitem(
+        PIXEL_LOSSES,
+        "mse",
+        lambda y, x: torch.nn.functional.mse_loss(y, x) * (torch.inf if next(calls) == 7 else 1),
+    )  # two are validations
+    with pytest.raises(TrainingDiverged, match="step 5: loss inf"):
+        train(recipe("smoke", steps=20), "bundled", tmp_path / "run")
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 5
 
 
+@pytest.mark.slow
 def test_nothing_that_was_trained_is_written_over(tmp_path):
     train(recipe("smoke", steps=2), "bundled", tmp_path)
     before = (tmp_path / "tokenizer" / "model.safetensors").read_bytes()
-    for damage in (lambda: (tmp_path / "run.json").write_text("{"), lambda: (tmp_path / "run.json").unlink(),
-                   lambda: shutil.rmtree(tmp_path / "checkpoints"), lambda: (tmp_path / "metrics.jsonl").unlink()):  # fmt: skip
+    for damage in (
+        lambda: (tmp_path / "run.json").write_text("{"),
+        lambda: (tmp_path / "run.json").unlink(),
+        lambda: shutil.rmtree(tmp_path / "checkpoints"),
+        lambda: (tmp_path / "metrics.jsonl").unlink(),
+    ):
         damage()
         for resume in (False, True):
-            with pytest.raises(RunExistsError, match="already holds a run"): train(recipe("smoke", steps=3, seed=9), "bundled", tmp_path, resume)
+            with pytest.raises(RunExistsError, match="already holds a run"):
+                train(recipe("smoke", steps=3, seed=9), "bundled", tmp_path, resume)
     assert (tmp_path / "tokenizer" / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"hello world", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(300)])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", b"hello world", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(300)]
+)
 @pytest.mark.parametrize("suffix", ["pth", "ckpt", "safetensors"])
 def test_no_checkpoint_at_all(tmp_path, content, suffix):
     (tmp_path / f"x.{suffix}").write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"x.{suffix}"): BitVAE.from_pretrained(tmp_path / f"x.{suffix}")
+    with pytest.raises(CheckpointError, match=f"x.{suffix}"):
+        BitVAE.from_pretrained(tmp_path / f"x.{suffix}")
 
 
 def test_damaged_checkpoints_name_the_file_or_load(tmp_path, weights):
@@ -208,22 +286,32 @@ def test_damaged_checkpoints_name_the_file_or_load(tmp_path, weights):
     whole = (tmp_path / "whole.pth").read_bytes()
     for n in range(40):
         bad = bytearray(whole[: len(whole) if n % 2 else int(rng.integers(len(whole)))])
-        for at in rng.integers(min(len(bad), 3000), size=20): bad[at] ^= 1 << int(rng.integers(8))
+        for at in rng.integers(min(len(bad), 3000), size=20):
+            bad[at] ^= 1 << int(rng.integers(8))
         (tmp_path / "bad.pth").write_bytes(bad)
-        try: BitVAE.from_pretrained(tmp_path / "bad.pth")
-        except CheckpointError as e: assert "bad.pth" in str(e)
+        try:
+            BitVAE.from_pretrained(tmp_path / "bad.pth")
+        except CheckpointError as e:
+            assert "bad.pth" in str(e)
 
 
 # the command line and papermill
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("train", "slow"), "unknown recipe 'slow': one of quick, smoke"),
-    (("train", "smoke", "--set", "step=3"), "unknown override step: known are start"),
-    (("train", "smoke", "--set", "steps=-3"), "steps must be at least 1, got -3"),
-    (("train", "smoke", "--images", "nowhere"), "no such images: nowhere; give a folder"),
-    (("evaluate", "nothing"), "no tokenizer 'nothing': give a checkpoint file"),
-    (("run", "nbs/experiments/train.ipynb", "x.ipynb", "--set", "recipes=quick"), "unknown parameter recipes: nbs/experiments/train.ipynb knows recipe, overrides"),
-])  # fmt: skip
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "slow"), "unknown recipe 'slow': one of quick, smoke"),
+        (("train", "smoke", "--set", "step=3"), "unknown override step: known are start"),
+        (("train", "smoke", "--set", "steps=-3"), "steps must be at least 1, got -3"),
+        (("train", "smoke", "--images", "nowhere"), "no such images: nowhere; give a folder"),
+        (("evaluate", "nothing"), "no tokenizer 'nothing': give a checkpoint file"),
+        (
+            ("run", "nbs/experiments/train.ipynb", "x.ipynb", "--set", "recipes=quick"),
+            "unknown parameter recipes: nbs/experiments/train.ipynb knows recipe, overrides",
+        ),
+    ],
+)
 def test_mistakes_on_the_command_line(monkeypatch, arguments, message):
     monkeypatch.chdir(ROOT)
     run = bitvae(*arguments)
@@ -238,17 +326,55 @@ def test_image_lists_name_the_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    run = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "train.ipynb", "--set", "recipe=smoke", "--set", f"folder={tmp_path}/run", "--set", 'overrides={"steps": 5}')
+    run = bitvae(
+        "run",
+        "nbs/experiments/train.ipynb",
+        tmp_path / "train.ipynb",
+        "--set",
+        "recipe=smoke",
+        "--set",
+        f"folder={tmp_path}/run",
+        "--set",
+        'overrides={"steps": 5}',
+    )
     assert run.returncode == 0, run.stderr
     assert "100%" in run.stderr and "5/5" in run.stderr  # the bar reaches the terminal
     executed = json.loads((tmp_path / "train.ipynb").read_text())
-    assert not any("\r" in "".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", []))
-    run = bitvae("run", "nbs/experiments/evaluate.ipynb", tmp_path / "evaluate.ipynb", "--set", f"tokenizer={tmp_path}/run/tokenizer", "--set", f"folder={tmp_path}/run", "--set", "resolutions=[64]")
+    assert not any(
+        "\r" in "".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", [])
+    )
+    run = bitvae(
+        "run",
+        "nbs/experiments/evaluate.ipynb",
+        tmp_path / "evaluate.ipynb",
+        "--set",
+        f"tokenizer={tmp_path}/run/tokenizer",
+        "--set",
+        f"folder={tmp_path}/run",
+        "--set",
+        "resolutions=[64]",
+    )
     assert run.returncode == 0, run.stderr
     rows = protocol_rows(read_results(tmp_path / "run"))
     assert rows["mean colour"]["psnr"] > 10 and rows["1 scale"]["bits"] == 16
-    assert {"progressive.png", "quality_psnr.png", "pairs.png", "extremes.png", "bits_dynamic_bicubic-64.png", "training.png"} <= {f.name for f in (tmp_path / "run").iterdir()}
-    again = bitvae("run", "nbs/experiments/train.ipynb", tmp_path / "again.ipynb", "--set", f"folder={tmp_path}/run", "--set", "resume=false")
+    assert {
+        "progressive.png",
+        "quality_psnr.png",
+        "pairs.png",
+        "extremes.png",
+        "bits_dynamic_bicubic-64.png",
+        "training.png",
+    } <= {f.name for f in (tmp_path / "run").iterdir()}
+    again = bitvae(
+        "run",
+        "nbs/experiments/train.ipynb",
+        tmp_path / "again.ipynb",
+        "--set",
+        f"folder={tmp_path}/run",
+        "--set",
+        "resume=false",
+    )
     assert again.returncode != 0 and "already holds a run" in again.stderr

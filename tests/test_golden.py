@@ -1,5 +1,6 @@
 """Agreement with the published system, on numbers it computed (tests/golden/README.md)."""
 
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -27,7 +28,10 @@ def same_bits(bits, reference, name):
 
 # schedules
 
-@pytest.mark.parametrize("mode", ["dynamic", "dense", "original", "dense_f8", "half", "same1", "same2", "same3"])
+
+@pytest.mark.parametrize(
+    "mode", ["dynamic", "dense", "original", "dense_f8", "half", "same1", "same2", "same3"]
+)
 def test_schedules(golden, mode):
     listed = golden("schedules.json")[mode]
     assert listed
@@ -38,7 +42,8 @@ def test_schedules(golden, mode):
 
 def test_resolutions(golden):
     for rows in golden("resolutions.json").values():
-        for (H, W), scales in rows: assert scale_schedule(H // 16, W // 16) == tuple(map(tuple, scales))
+        for (H, W), scales in rows:
+            assert scale_schedule(H // 16, W // 16) == tuple(map(tuple, scales))
 
 
 def test_schedules_of_other_sizes():
@@ -56,10 +61,13 @@ def test_schedules_of_other_sizes():
 
 # quantizer
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_quantizer(golden, case):
     t, options = golden("quantizer.safetensors"), golden("quantizer.json")[case]
-    quantizer = MultiScaleBSQ(options["dim"], options["mode"], drop_rate=0, detach_residual=options["detach_residual"])
+    quantizer = MultiScaleBSQ(
+        options["dim"], options["mode"], drop_rate=0, detach_residual=options["detach_residual"]
+    )
     z = t[f"{case}.z"].clone().requires_grad_()
     out = quantizer(z)
     assert len(out.bits) == options["scales"] and same_bits(out.bits, t, f"{case}.")
@@ -75,7 +83,12 @@ def test_one_scale(golden):
     v = F.normalize(t["bsq.x"], dim=1)
     close(straight_through(v), t["bsq.zq"])
     parts = scale_loss(v)
-    for ours, theirs in {"loss": "aux_loss", "commitment": "commitment", "sample_entropy": "per_sample_entropy", "batch_entropy": "batch_entropy"}.items():
+    for ours, theirs in {
+        "loss": "aux_loss",
+        "commitment": "commitment",
+        "sample_entropy": "per_sample_entropy",
+        "batch_entropy": "batch_entropy",
+    }.items():
         torch.testing.assert_close(getattr(parts, ours), t[f"bsq.{theirs}"].squeeze(), rtol=1e-5, atol=1e-8)
 
 
@@ -90,20 +103,29 @@ def test_dropped_scales(golden):
 
 # networks
 
+
 @pytest.fixture(scope="module")
 def tok(golden):
     return BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense")
 
 
 @pytest.fixture(autouse=True)
-def at_the_root(monkeypatch, request): monkeypatch.chdir(request.config.rootpath)
+def at_the_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
 
 
 @torch.no_grad()
 def test_autoencoder(golden, tok):
     t, options = golden("autoencoder.safetensors"), golden("autoencoder.json")["config"]
-    assert tok.config == BitVAEConfig(options["codebook_dim"], options["base_ch"], tuple(options["encoder_ch_mult"]), tuple(options["decoder_ch_mult"]),
-                                      options["num_res_blocks"], 16, "dense")
+    assert tok.config == BitVAEConfig(
+        options["codebook_dim"],
+        options["base_ch"],
+        tuple(options["encoder_ch_mult"]),
+        tuple(options["decoder_ch_mult"]),
+        options["num_res_blocks"],
+        16,
+        "dense",
+    )
     z = tok.encoder(t["x"])
     close(z, t["h"])
     bits = tok.encode(t["x"])
@@ -117,35 +139,54 @@ def test_autoencoder(golden, tok):
 def test_discriminator(golden):
     t = golden("autoencoder.safetensors")
     critic = PatchDiscriminator(golden("autoencoder.json")["config"]["base_ch_disc"])
-    critic.load_state_dict({internal_name(n.removeprefix("image_disc.")): w for n, w in t.items() if n.startswith("image_disc.")})
+    critic.load_state_dict(
+        {internal_name(n.removeprefix("image_disc.")): w for n, w in t.items() if n.startswith("image_disc.")}
+    )
     close(critic(t["x"]), t["logits"])
 
 
 @pytest.mark.parametrize("dim", [16, 24, 32, 64])
 def test_names_and_shapes_of_released_checkpoints(golden, dim):
     published = golden("checkpoint_keys.json")[f"d{dim}"]
-    with torch.device("meta"): tok = BitVAE(BitVAEConfig(dim=dim))
+    with torch.device("meta"):
+        tok = BitVAE(BitVAEConfig(dim=dim))
     names, state = published_names(tok), tok.state_dict()
-    assert {names[n]: list(w.shape) for n, w in state.items()} == {n: s for n, s in published.items() if n != "quantizer.lfq.mask"}
+    assert {names[n]: list(w.shape) for n, w in state.items()} == {
+        n: s for n, s in published.items() if n != "quantizer.lfq.mask"
+    }
     weights = tokenizer_weights({"vae": {n: torch.empty(s, device="meta") for n, s in published.items()}})
     assert config_from_weights(weights) == tok.config
 
 
 def test_names_and_shapes_of_the_discriminator(golden):
-    with torch.device("meta"): critic = PatchDiscriminator()
+    with torch.device("meta"):
+        critic = PatchDiscriminator()
     names = published_names(critic)
-    assert {names[n]: list(w.shape) for n, w in critic.state_dict().items()} == golden("checkpoint_keys.json")["image_disc"]
+    assert {names[n]: list(w.shape) for n, w in critic.state_dict().items()} == golden(
+        "checkpoint_keys.json"
+    )["image_disc"]
 
 
 # training
 
+
 @pytest.mark.parametrize("step", range(4))
 def test_gradients_of_a_training_step(golden, step):
-    t, weights, record = golden("training.safetensors"), golden("autoencoder.safetensors"), golden("training.json")["steps"][step]
+    t, weights, record = (
+        golden("training.safetensors"),
+        golden("autoencoder.safetensors"),
+        golden("training.json")["steps"][step],
+    )
     tok = BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense").train()
     tok.quantizer.drop_rate = 0.0
     critic = PatchDiscriminator(16)
-    critic.load_state_dict({internal_name(n.removeprefix("image_disc.")): w for n, w in weights.items() if n.startswith("image_disc.")})
+    critic.load_state_dict(
+        {
+            internal_name(n.removeprefix("image_disc.")): w
+            for n, w in weights.items()
+            if n.startswith("image_disc.")
+        }
+    )
     x = (t["x_uint8"][step].float() / 127.5 - 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
     on = record["discriminator_on"]
 
@@ -153,17 +194,37 @@ def test_gradients_of_a_training_step(golden, step):
     loss, parts = generator_loss(x, y, z, q, critic.requires_grad_(False)(y) if on else None)
     loss.backward()
     expected = record["losses"]
-    pairs = {"pixels": "recon_loss", "quantizer": "commitment_loss", "latent": "all_commitment_loss"} | ({"adversarial": "g_image_loss"} if on else {})
-    for ours, theirs in pairs.items(): assert parts[ours].item() == pytest.approx(expected[theirs], rel=1e-5, abs=1e-7), theirs
-    check_gradients(tok, {k: v for k, v in t.items() if k.startswith(f"{step}.vae.")}, f"{step}.vae.", record["grad_norms"], tight=not on)
+    pairs = {"pixels": "recon_loss", "quantizer": "commitment_loss", "latent": "all_commitment_loss"} | (
+        {"adversarial": "g_image_loss"} if on else {}
+    )
+    for ours, theirs in pairs.items():
+        assert parts[ours].item() == pytest.approx(expected[theirs], rel=1e-5, abs=1e-7), theirs
+    check_gradients(
+        tok,
+        {k: v for k, v in t.items() if k.startswith(f"{step}.vae.")},
+        f"{step}.vae.",
+        record["grad_norms"],
+        tight=not on,
+    )
 
     loss, parts = discriminator_loss(critic.requires_grad_(True)(x), critic(y.detach()))
-    for ours, theirs in {"hinge": "d_loss", "lecam": "lecam", "logits_real": "logits_real", "logits_fake": "logits_fake"}.items():
+    for ours, theirs in {
+        "hinge": "d_loss",
+        "lecam": "lecam",
+        "logits_real": "logits_real",
+        "logits_fake": "logits_fake",
+    }.items():
         assert parts[ours].item() == pytest.approx(expected[theirs], rel=1e-4, abs=1e-6), theirs
     if on:
         assert loss.item() == pytest.approx(expected["d_total"], rel=1e-5)
         loss.backward()
-        check_gradients(critic, {k: v for k, v in t.items() if k.startswith(f"{step}.image_disc.")}, f"{step}.image_disc.", record["disc_grad_norms"], tight=False)
+        check_gradients(
+            critic,
+            {k: v for k, v in t.items() if k.startswith(f"{step}.image_disc.")},
+            f"{step}.image_disc.",
+            record["disc_grad_norms"],
+            tight=False,
+        )
 
 
 def check_gradients(model, whole, prefix, norms, tight):
@@ -172,14 +233,19 @@ def check_gradients(model, whole, prefix, norms, tight):
     assert whole
     for name, reference in whole.items():
         ours = gradients[internal_name(name.removeprefix(prefix))]
-        if tight: close(ours, reference, rtol=1e-3)
+        if tight:
+            close(ours, reference, rtol=1e-3)
         assert F.cosine_similarity(ours.flatten(), reference.flatten(), dim=0) > 0.999
     largest = max(norms.values())
     for name, norm in norms.items():
-        if norm > 1e-3 * largest: assert gradients[internal_name(name)].norm().item() == pytest.approx(norm, rel=1e-3 if tight else 1e-2), name
+        if norm > 1e-3 * largest:
+            assert gradients[internal_name(name)].norm().item() == pytest.approx(
+                norm, rel=1e-3 if tight else 1e-2
+            ), name
 
 
 # metrics
+
 
 @pytest.mark.parametrize("how", ["truncate", "round"])
 def test_metrics(golden, how):

@@ -1,4 +1,5 @@
-"Data sets of bits: killed anywhere, several processes, the command line. BITVAE_TRIALS=100000 kills more often."
+"Data sets of bits: killed anywhere, several processes, the command line. BITVAE_TRIALS=2000 kills more often."
+
 import json
 import os
 import random
@@ -10,23 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import Child, bitvae as run, command_line
 
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs, save_image
 
 from bitvae.token_dataset import index_shard, TokenDataset, verify_dataset
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20 if int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000 else 5
 FORMS = {"tar": [], "safetensors": ["--form", "safetensors", "--latents"]}
 OPTIONS = ["--size", "128", "--per-shard", "7", "--batch", "4"]
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "bitvae.cli", *map(str, arguments)]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,9 @@ def pictures(tmp_path_factory):
         x = load_image(file, 256)
         for i in range(12):
             (folder / f"class{n % 2}").mkdir(exist_ok=True)
-            save_image(x[..., 10 * i : 10 * i + 140, 5 * i : 5 * i + 150], folder / f"class{n % 2}" / f"{n}-{i}.png")
+            save_image(
+                x[..., 10 * i : 10 * i + 140, 5 * i : 5 * i + 150], folder / f"class{n % 2}" / f"{n}-{i}.png"
+            )
     return folder
 
 
@@ -52,32 +50,37 @@ def wholes(pictures, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(wholes): return wholes["tar"]
+def whole(wholes):
+    return wholes["tar"]
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if not p.name.startswith(".")}
 
 
-def shards(folder, form): return sorted(Path(folder).glob(f"shard-*.{form}"))
+def shards(folder, form):
+    return sorted(Path(folder).glob(f"shard-*.{form}"))
 
 
 @pytest.mark.parametrize(("form", "kills"), [("tar", KILLS), ("safetensors", KILLS if KILLS > 5 else 2)])
 def test_killed_anywhere_nothing_is_lost_or_doubled(pictures, wholes, tmp_path, form, kills):
-    rng, arguments = random.Random(0), ("tokenize", "demo", "--images", pictures, "--folder", tmp_path, *OPTIONS, *FORMS[form])
-    line, killed = command(*arguments), 0
+    rng, arguments = (
+        random.Random(0),
+        ("tokenize", "demo", "--images", pictures, "--folder", tmp_path, *OPTIONS, *FORMS[form]),
+    )
+    killed = 0
     while killed < kills:
         there = len(shards(tmp_path, form))
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(tmp_path.glob("*shard-*"))) <= 2 * there: time.sleep(0.001)  # until it writes
+        child = Child(command_line, *map(str, arguments))
+        while child.process.is_alive() and len(list(tmp_path.glob("*shard-*"))) <= 2 * there:
+            time.sleep(0.001)  # until it writes
         time.sleep(rng.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed += process.returncode == -signal.SIGKILL
+        killed += child.kill() == -signal.SIGKILL
         finished = (tmp_path / "manifest.json").exists()
         assert run("verify", tmp_path).returncode == (0 if finished else 1)
         if finished:  # once more, from nothing
-            for file in tmp_path.iterdir(): file.unlink()
+            for file in tmp_path.iterdir():
+                file.unlink()
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(wholes[form])
@@ -88,7 +91,18 @@ def test_killed_anywhere_nothing_is_lost_or_doubled(pictures, wholes, tmp_path, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_several_processes(pictures, wholes, tmp_path, form):
-    done = run("tokenize", "demo", "--images", pictures, "--folder", tmp_path, *OPTIONS, *FORMS[form], "--processes", "2")
+    done = run(
+        "tokenize",
+        "demo",
+        "--images",
+        pictures,
+        "--folder",
+        tmp_path,
+        *OPTIONS,
+        *FORMS[form],
+        "--processes",
+        "2",
+    )
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path) == contents(wholes[form])
 
@@ -100,7 +114,8 @@ def test_read_back(pictures, wholes, form):
     for i in (0, 53, 107):
         x = load_image(files[i], 128)
         assert data[i].bits == tok.encode(x) and data[i].label == int(files[i].parent.name[-1])
-        if form == "safetensors": torch.testing.assert_close(data[i].z.float(), tok.encode_latent(x), atol=1e-3, rtol=1e-2)
+        if form == "safetensors":
+            torch.testing.assert_close(data[i].z.float(), tok.encode_latent(x), atol=1e-3, rtol=1e-2)
 
 
 def test_rows_are_read_without_this_package(pictures, wholes):
@@ -114,29 +129,58 @@ with safe_open(file, "np") as f: text = f.metadata()
 tensors = load_file(file)
 count = sum(h * w for h, w in json.loads(text["schedule"])) * int(text["dim"])
 bits = np.unpackbits(tensors["bits"], axis=1)[:, :count]
-print(json.dumps([text["tokenizer"], json.loads(text["keys"]), json.loads(text["sizes"]), tensors["labels"].tolist(), bits.sum(1).tolist(), tensors["latents"].shape]))
+lists = [json.loads(text["keys"]), json.loads(text["sizes"]), tensors["labels"].tolist(), bits.sum(1).tolist()]
+print(json.dumps([text["tokenizer"], *lists, tensors["latents"].shape]))
 """
     read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     tokenizer, keys, sizes, labels, ones, shape = json.loads(read.stdout)
     tokens = list(TokenDataset(wholes["safetensors"]))[21:28]
-    assert (tokenizer, sizes, shape) == (BitVAE.from_pretrained("demo").fingerprint, [[140, 150]] * 7, [7, 6, 16, 16])
-    assert (keys, labels, ones) == ([t.key for t in tokens], [t.label for t in tokens], [sum(int(p.sum()) for p in t.bits) for t in tokens])
+    assert (tokenizer, sizes, shape) == (
+        BitVAE.from_pretrained("demo").fingerprint,
+        [[140, 150]] * 7,
+        [7, 6, 16, 16],
+    )
+    assert (keys, labels, ones) == (
+        [t.key for t in tokens],
+        [t.label for t in tokens],
+        [sum(int(p.sum()) for p in t.bits) for t in tokens],
+    )
 
 
 def test_command_line(pictures, whole, tmp_path):
     done = run("verify", whole)
     assert done.returncode == 0 and "108 pictures in 16 shards, all whole" in done.stdout
     assert run("count", whole).stdout == "108\n"
-    for arguments, message in ((("tokenize", "demo", "--images", pictures, "--folder", whole, "--size", "64"), "other size"),
-                               (("tokenize", "demo", "--images", pictures, "--folder", tmp_path / "x", "--form", "safetensors", "--compress"), "rows of one length"),
-                               (("tokenize", "demo", "--images", tmp_path / "no", "--folder", tmp_path / "x"), "no such images"),
-                               (("verify", tmp_path), "not finished")):  # fmt: skip
+    for arguments, message in (
+        (("tokenize", "demo", "--images", pictures, "--folder", whole, "--size", "64"), "other size"),
+        (
+            (
+                "tokenize",
+                "demo",
+                "--images",
+                pictures,
+                "--folder",
+                tmp_path / "x",
+                "--form",
+                "safetensors",
+                "--compress",
+            ),
+            "rows of one length",
+        ),
+        (("tokenize", "demo", "--images", tmp_path / "no", "--folder", tmp_path / "x"), "no such images"),
+        (("verify", tmp_path), "not finished"),
+    ):
         failed = run(*arguments)
-        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
+        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr, (
+            failed.stderr
+        )
     shard = whole / "shard-000003.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + b"!")
     failed = run("verify", whole)
     assert failed.returncode == 1 and "shard-000003.tar is damaged" in failed.stderr
     shard.write_bytes(content)
-    assert json.loads((whole / "manifest.json").read_text())["tokenizer"] == BitVAE.from_pretrained("demo").fingerprint
+    assert (
+        json.loads((whole / "manifest.json").read_text())["tokenizer"]
+        == BitVAE.from_pretrained("demo").fingerprint
+    )

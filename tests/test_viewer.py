@@ -1,4 +1,8 @@
-"The viewer in a real browser: JupyterLab, and the page of `bitvae view`. Screenshots go to runs/screenshots, which git ignores; the closing lines name them."
+"""The viewer in a real browser: JupyterLab, and the page of `bitvae view`.
+
+Screenshots go to runs/screenshots, which git ignores; the last lines of a test run name them.
+"""
+
 import io
 import json
 import os
@@ -18,10 +22,22 @@ from PIL import Image
 
 from bitvae import Bits
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install chromium to test the viewer in a browser")
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: install chromium to test the viewer in a browser"
+)
 
 
 def free_port():
@@ -44,8 +60,11 @@ def page():
 
 @contextmanager
 def running(command, **options):
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **options)
-    try: yield server
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **options
+    )
+    try:
+        yield server
     finally:
         server.terminate()
         server.wait(30)
@@ -55,14 +74,18 @@ def picture(page, alt):
     "The bytes of a picture as the browser has them."
     img = page.locator(f'img[alt^="{alt}"]').first
     img.wait_for()
-    data = img.evaluate("async (img) => { await img.decode(); return [...new Uint8Array(await (await fetch(img.src)).arrayBuffer())] }")
+    data = img.evaluate(
+        "async (img) => { await img.decode(); "
+        "return [...new Uint8Array(await (await fetch(img.src)).arrayBuffer())] }"
+    )
     return bytes(data)
 
 
 def changed(page, alt, before):
     "Wait until a picture is another one."
     for _ in range(300):
-        if (now := picture(page, alt)) != before: return now
+        if (now := picture(page, alt)) != before:
+            return now
         page.wait_for_timeout(30)
     raise AssertionError(f"the picture {alt!r} did not change")
 
@@ -82,18 +105,18 @@ def use(page, tmp_path, name):
     full = picture(page, "reconstruction")
     handle = page.locator(".widget-slider .noUi-handle").first
     handle.focus()
-    for k in (9, 8, 7, 6, 5):                                           # the slider changes the picture and the numbers
+    for k in (9, 8, 7, 6, 5):  # the slider changes the picture and the numbers
         page.keyboard.press("ArrowLeft")
         expect(page.get_by_text(f"{k} of 10 scales")).to_be_visible()
     coarse = changed(page, "reconstruction", full)
     assert len(coarse) < len(full)
     screenshot(page, f"{name}-scales.png")
-    strip = page.locator('img[alt^="the reconstructions"]')             # a click on the strip selects a scale
+    strip = page.locator('img[alt^="the reconstructions"]')  # a click on the strip selects a scale
     box = strip.bounding_box()
     strip.click(position={"x": box["width"] * 0.35, "y": box["height"] / 3})
     expect(page.get_by_text("4 of 10 scales (6x6)")).to_be_visible()
     before = picture(page, "reconstruction")
-    planes = page.locator('img[alt^="bit planes of scale 4"]')          # a click on a bit flips it
+    planes = page.locator('img[alt^="bit planes of scale 4"]')  # a click on a bit flips it
     planes.scroll_into_view_if_needed()
     bits = picture(page, "bit planes")
     planes.click(position={"x": 5, "y": 5})
@@ -101,11 +124,12 @@ def use(page, tmp_path, name):
     expect(page.get_by_text("FlipBit(scale=3, row=0, column=0, channel=0, image=0)")).to_be_visible()
     edited, flipped = changed(page, "reconstruction", before), changed(page, "bit planes", bits)
     screenshot(page, f"{name}-flipped.png")
-    page.get_by_role("button", name="undo").click()                     # undo brings back the identical picture
+    page.get_by_role("button", name="undo").click()  # undo brings back the identical picture
     expect(page.get_by_text("edits: 0")).to_be_visible()
     assert changed(page, "reconstruction", edited) == before and changed(page, "bit planes", flipped) == bits
     page.locator(".bitvae-picture:has(img[alt^='bit planes'])").focus()
-    for key in ("ArrowLeft", "ArrowUp", "Enter"): page.keyboard.press(key)  # without a mouse, too
+    for key in ("ArrowLeft", "ArrowUp", "Enter"):
+        page.keyboard.press(key)  # without a mouse, too
     expect(page.get_by_text("edits: 1")).to_be_visible()
     page.get_by_role("button", name="reset").click()
     expect(page.get_by_text("edits: 0")).to_be_visible()
@@ -123,7 +147,8 @@ def upload(page, tmp_path):
     before = picture(page, "the original")
 
     def choose(name):
-        with page.expect_file_chooser() as chooser: page.locator(".widget-upload").click()
+        with page.expect_file_chooser() as chooser:
+            page.locator(".widget-upload").click()
         chooser.value.set_files(tmp_path / name)
 
     choose("notes.png")
@@ -138,10 +163,13 @@ def upload(page, tmp_path):
 def save(page, tmp_path):
     page.get_by_role("tab", name="save").click()
     for name in ("picture.png", "scales.gif", "picture.bits"):
-        with page.expect_download() as info: page.get_by_role("button", name=name).click()
+        with page.expect_download() as info:
+            page.get_by_role("button", name=name).click()
         info.value.save_as(tmp_path / name)
         assert info.value.suggested_filename == f"teal-{name}"
-    assert Image.open(tmp_path / "scales.gif").n_frames == 10 and Image.open(tmp_path / "picture.png").size == (256, 256)
+    assert Image.open(tmp_path / "scales.gif").n_frames == 10 and Image.open(
+        tmp_path / "picture.png"
+    ).size == (256, 256)
     assert len(Bits.load(tmp_path / "picture.bits")) == 10
 
 
@@ -150,11 +178,11 @@ def measure(page):
 
     page.get_by_role("tab", name="sensitivity").click()
     page.get_by_role("button", name="measure").click()
-    expect(page.locator(".bitvae-heat")).to_be_visible()                # a first part is there,
-    page.get_by_role("button", name="cancel").click()                   # and the rest is not waited for
+    expect(page.locator(".bitvae-heat")).to_be_visible()  # a first part is there,
+    page.get_by_role("button", name="cancel").click()  # and the rest is not waited for
     expect(page.get_by_role("button", name="measure")).to_be_enabled()
     page.wait_for_timeout(2000)
-    assert page.locator(".bitvae-heat td[title]").count() < 60          # nor does it come
+    assert page.locator(".bitvae-heat td[title]").count() < 60  # nor does it come
     page.get_by_role("tab", name="what a scale adds").click()
     expect(page.get_by_text("energy of the residual after 0 to 10 scales")).to_be_visible()
 
@@ -165,15 +193,33 @@ def test_in_jupyterlab(page, tmp_path):
     shutil.copy(ROOT / "nbs" / "experiments" / "view.ipynb", tmp_path / "nb")
     cells = json.loads((tmp_path / "nb" / "view.ipynb").read_text())
     last = next(i for i, c in enumerate(cells["cells"]) if "viewer = view(" in "".join(c["source"]))
-    cells["cells"] = cells["cells"][: last + 1]                         # the figures under the viewer are for papermill
+    cells["cells"] = cells["cells"][: last + 1]  # the figures under the viewer are for papermill
     (tmp_path / "nb" / "view.ipynb").write_text(json.dumps(cells))
     settings = tmp_path / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser", "--ip=127.0.0.1", f"--port={port}",
-               "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path / 'nb'}"]  # fmt: skip
-    with running(command, env={**os.environ, "JUPYTERLAB_SETTINGS_DIR": str(tmp_path), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "ws")}):
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--expose-app-in-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path / 'nb'}",
+    ]
+    with running(
+        command,
+        env={
+            **os.environ,
+            "JUPYTERLAB_SETTINGS_DIR": str(tmp_path),
+            "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "ws"),
+        },
+    ):
         answers(f"http://127.0.0.1:{port}/api")
         page.goto(f"http://127.0.0.1:{port}/lab/tree/view.ipynb?reset")
         page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
@@ -185,25 +231,42 @@ def test_in_jupyterlab(page, tmp_path):
 
 def answers(address):
     for _ in range(240):
-        try: return urllib.request.urlopen(address, timeout=30)
-        except OSError: time.sleep(0.25)
+        try:
+            return urllib.request.urlopen(address, timeout=30)
+        except OSError:
+            time.sleep(0.25)
     raise AssertionError(f"{address} does not answer")
 
 
 def status(address):
-    try: return urllib.request.urlopen(address, timeout=30).status
-    except urllib.error.HTTPError as e: return e.code
+    try:
+        return urllib.request.urlopen(address, timeout=30).status
+    except urllib.error.HTTPError as e:
+        return e.code
 
 
 @needs_browser
 def test_as_a_page(page, tmp_path):
     Image.new("RGB", (300, 300), "maroon").save(tmp_path / "maroon.png")
     (tmp_path / "secret.png").write_bytes((tmp_path / "maroon.png").read_bytes())
-    with running([sys.executable, "-m", "bitvae.cli", "view", "--no-browser", "--port", str(free_port())]) as server:
+    with running(
+        [sys.executable, "-m", "bitvae.cli", "view", "--no-browser", "--port", str(free_port())]
+    ) as server:
         address = server.stdout.readline().split()[0]
         page.goto(address)
         use(page, tmp_path, "page")
-    with running([sys.executable, "-m", "bitvae.cli", "view", str(tmp_path / "maroon.png"), "--no-browser", "--port", str(free_port())]) as server:
+    with running(
+        [
+            sys.executable,
+            "-m",
+            "bitvae.cli",
+            "view",
+            str(tmp_path / "maroon.png"),
+            "--no-browser",
+            "--port",
+            str(free_port()),
+        ]
+    ) as server:
         address = server.stdout.readline().split()[0]
         only_this_picture(page, address, tmp_path)
 
@@ -213,16 +276,29 @@ def only_this_picture(page, address, tmp_path):
     page.goto(address)
     assert Image.open(io.BytesIO(picture(page, "the original"))).getpixel((9, 9)) == (128, 0, 0)
     assert not page.get_by_placeholder("or a path, and Enter").count()
-    large = tmp_path / "large.png"                                      # larger than a message of tornado may be
+    large = tmp_path / "large.png"  # larger than a message of tornado may be
     Image.frombytes("RGB", (2400, 2000), os.urandom(2400 * 2000 * 3)).save(large)
     before = picture(page, "the original")
-    with page.expect_file_chooser() as chooser: page.locator(".widget-upload").click()
+    with page.expect_file_chooser() as chooser:
+        page.locator(".widget-upload").click()
     chooser.value.set_files(large)
     changed(page, "the original", before)
-    for path in ("voila/files/view.ipynb", f"voila/files/..%2f..{tmp_path}/secret.png", f"voila/files{tmp_path}/secret.png", f"files{tmp_path}/secret.png", "api/contents", f"voila/static/..%2f..{tmp_path}/secret.png"):
+    for path in (
+        "voila/files/view.ipynb",
+        f"voila/files/..%2f..{tmp_path}/secret.png",
+        f"voila/files{tmp_path}/secret.png",
+        f"files{tmp_path}/secret.png",
+        "api/contents",
+        f"voila/static/..%2f..{tmp_path}/secret.png",
+    ):
         assert status(f"http://127.0.0.1:{port}/{path}?token={token}") in (400, 403, 404), path
-    assert "/login" in urllib.request.urlopen(f"http://127.0.0.1:{port}/").url   # without the token there is a page to give it, and no more
-    with socket.socket() as s:                                          # nobody but this machine: every address of it but loopback refuses
+    assert (
+        "/login" in urllib.request.urlopen(f"http://127.0.0.1:{port}/").url
+    )  # without the token there is a page to give it, and no more
+    with socket.socket() as s:  # nobody but this machine: every address of it but loopback refuses
         s.settimeout(5)
-        own = {a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
-        for host in [*own, "127.0.0.2"]: assert s.connect_ex((host, int(port))) != 0, host
+        own = {a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {
+            "127.0.0.1"
+        }
+        for host in [*own, "127.0.0.2"]:
+            assert s.connect_ex((host, int(port))) != 0, host
