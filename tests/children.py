@@ -34,6 +34,7 @@ def work(function, arguments, environment, out, err):
     "Call a function in a child with its standard output and error in files; its result is the exit code."
     import torch
 
+    multiprocessing.set_start_method(None, force=True)  # the platform's default, not "forkserver"
     os.environ.clear()
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:

@@ -108,8 +108,9 @@ def plain(worker, tmp_path_factory):
 def same(a, b):
     """Compare two evaluations to 1e-6.
 
-    Tolerances for single images are larger: the networks' last digits depend on the batch, so a few values round to the
-    next byte, 5e-6 dB each. Unclamped, 255.9999 becomes white and 256 black, which changes a whole pixel.
+    Tolerances for single images are larger: the networks' last digits depend on the batch, so a few values
+    round to the next byte, 5e-6 dB each. Unclamped, 255.9999 becomes white and 256 black: a whole
+    pixel changes.
     """
     assert a["images"] == b["images"] and a["bits"] == b["bits"] and len(a["images"]) == 37
     for label, entry in a["protocols"].items():
@@ -275,7 +276,7 @@ def test_features_go_through_torch_fidelitys_pipeline(networks, pictures, monkey
 
 
 def test_fid_of_an_evaluation(networks, tmp_path, monkeypatch):
-    "FID from images, against the library on the same features; few images and scales, as 2048 features are slow."
+    "FID from images, against the library on the same features; few images: 2048 features are slow."
     monkeypatch.setenv("BITVAE_WEIGHTS", str(networks))
     for n in range(6):
         save_image(torch.rand(3, 32, 32) * 2 - 1, tmp_path / f"{n}.png")
@@ -442,9 +443,10 @@ def watch():
     global peak
     while not over: peak = max(peak, process.memory_info().rss); time.sleep(0.005)
 thread = threading.Thread(target=watch); thread.start()
-images, metrics = [sys.argv[1]] * int(sys.argv[2]), ["psnr", "frechet_efficientnet"]
+tok, images = BitVAE.from_pretrained("demo"), [sys.argv[1]] * int(sys.argv[2])
+metrics = ["psnr", "frechet_efficientnet"]
 try:
-    evaluate(BitVAE.from_pretrained("demo"), images, protocol("clamped", size=16), metrics, batch=16, sample=200)
+    evaluate(tok, images, protocol("clamped", size=16), metrics, batch=16, sample=200)
 finally:
     over = True
     thread.join()

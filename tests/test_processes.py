@@ -106,7 +106,7 @@ p = torch.sigmoid(-4 * 100.0 / 4 * whole).mean(dim=(0, 2, 3))   # T = 100, sqrt(
 reference = binary_entropy(p).sum()
 reference.backward()
 torch.testing.assert_close(loss, reference)
-torch.testing.assert_close(mine.grad / 2, whole.grad[2 * r : 2 * r + 2])  # averaged over processes: the whole batch's
+torch.testing.assert_close(mine.grad / 2, whole.grad[2 * r : 2 * r + 2])  # the average of the ranks
 print("agreed")
 """
 

@@ -1,4 +1,4 @@
-"Data sets of bits: killed anywhere, several processes, the command line. BITVAE_TRIALS=2000 kills more often."
+"Data sets of bits: kills, several processes, the command line. BITVAE_TRIALS=2000 kills more."
 
 import json
 import os
@@ -129,8 +129,9 @@ with safe_open(file, "np") as f: text = f.metadata()
 tensors = load_file(file)
 count = sum(h * w for h, w in json.loads(text["schedule"])) * int(text["dim"])
 bits = np.unpackbits(tensors["bits"], axis=1)[:, :count]
-lists = [json.loads(text["keys"]), json.loads(text["sizes"]), tensors["labels"].tolist(), bits.sum(1).tolist()]
-print(json.dumps([text["tokenizer"], *lists, tensors["latents"].shape]))
+keys, sizes = json.loads(text["keys"]), json.loads(text["sizes"])
+labels, ones = tensors["labels"].tolist(), bits.sum(1).tolist()
+print(json.dumps([text["tokenizer"], keys, sizes, labels, ones, tensors["latents"].shape]))
 """
     read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     tokenizer, keys, sizes, labels, ones, shape = json.loads(read.stdout)
