@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['group_norm', 'ResnetBlock', 'Downsample', 'Upsample', 'Down', 'Mid', 'Up', 'Encoder', 'Decoder']
 
-# %% ../nbs/04_autoencoder.ipynb #7a2398d3
-import torch
+# %% ../nbs/04_autoencoder.ipynb #e5952253
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +34,8 @@ class ResnetBlock(nn.Module):
         self.norm2 = group_norm(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.act = nn.SiLU()
-        self.nin_shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        same = channels_in == channels_out
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.act(self.norm1(x)))
@@ -54,7 +54,7 @@ class Upsample(nn.Conv2d):
     "Double the sides: nearest-neighbour upsampling, then a 3x3 convolution."
 
     def __init__(self, channels: int): super().__init__(channels, channels, 3, padding=1)
-    def forward(self, x: Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+    def forward(self, x: Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2.0))
 
 # %% ../nbs/04_autoencoder.ipynb #eed30eab
 class Down(nn.Module):
@@ -114,7 +114,8 @@ class Encoder(nn.Module):
         halvings = stride.bit_length() - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Down(widths[i], widths[i + 1], res_blocks, downsample=i < halvings) for i in range(len(multipliers))
+            Down(widths[i], widths[i + 1], res_blocks, downsample=i < halvings)
+            for i in range(len(multipliers))
         )
         self.mid = Mid(widths[-1])
         self.norm_out = group_norm(widths[-1])
@@ -147,7 +148,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
         self.mid = Mid(widths[-1])
         self.up = nn.ModuleList(
-            Up(widths[i + 1], widths[i], res_blocks + 1, upsample=1 <= i <= doublings) for i in range(len(multipliers))
+            Up(widths[i + 1], widths[i], res_blocks + 1, upsample=1 <= i <= doublings)
+            for i in range(len(multipliers))
         )
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)

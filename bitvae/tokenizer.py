@@ -154,7 +154,7 @@ def run_network(
     c = self.config
     channels = c.channels * max(c.encoder_multipliers[0], c.decoder_multipliers[0])
     net = partial(tiled_forward, net, rows=rows) if rows else net
-    return chunked_forward(net, x.to(self.dtype), activation=pixels * channels * self.dtype.itemsize)
+    return chunked_forward(net, x.to(self.dtype), activation_bytes=pixels * channels * self.dtype.itemsize)
 
 # %% ../nbs/05_tokenizer.ipynb #9df52ddd
 @patch

@@ -1,18 +1,17 @@
 """Agreement with the published system, on numbers it computed (tests/golden/README.md)."""
 
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bitvae import BitVAE, BitVAEConfig
-from bitvae.losses import PatchDiscriminator
-from bitvae.checkpoints import internal_name, published_names
-from bitvae.schedules import LISTED, scale_schedule
+from bitvae.checkpoints import config_from_weights, internal_name, published_names, tokenizer_weights
+from bitvae.kernels import optimize
+from bitvae.losses import PatchDiscriminator, discriminator_loss, generator_loss
 from bitvae.metrics import PROTOCOLS, psnr, ssim
-from bitvae.losses import discriminator_loss, generator_loss
-from bitvae.quantizer import latent_from_bits, MultiScaleBSQ, scale_loss, straight_through
-from bitvae.checkpoints import config_from_weights, tokenizer_weights
+from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, scale_loss, straight_through
+from bitvae.schedules import LISTED, scale_schedule
+from bitvae.tiling import tiled_forward
 
 CASES = ("d16_dense", "d32_dynamic", "d24_original", "d64_dynamic_rect", "d32_same2", "d16_detach")
 
@@ -104,9 +103,10 @@ def test_dropped_scales(golden):
 # networks
 
 
-@pytest.fixture(scope="module")
-def tok(golden):
-    return BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense")
+def load(variant):
+    "The published small model, plain or optimized."
+    tok = BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense")
+    return optimize(tok) if variant == "optimized" else tok
 
 
 @pytest.fixture(autouse=True)
@@ -114,8 +114,10 @@ def at_the_root(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
+@pytest.mark.parametrize("variant", ["plain", "optimized"])
 @torch.no_grad()
-def test_autoencoder(golden, tok):
+def test_autoencoder(golden, variant):
+    tok = load(variant)
     t, options = golden("autoencoder.safetensors"), golden("autoencoder.json")["config"]
     assert tok.config == BitVAEConfig(
         options["codebook_dim"],
@@ -133,16 +135,18 @@ def test_autoencoder(golden, tok):
     close(tok.quantizer(z).z, t["zq"])
     close(tok.decoder(tok.quantizer(z).z), t["recon"])
     close(tok.decode(bits), t["recon"].clamp(-1, 1), rtol=1e-4)
+    close(tiled_forward(tok.encoder, t["x"], 8), t["h"])
+    close(tiled_forward(tok.decoder, t["zq"], 8), t["recon"])
 
 
 @torch.no_grad()
 def test_discriminator(golden):
     t = golden("autoencoder.safetensors")
-    critic = PatchDiscriminator(golden("autoencoder.json")["config"]["base_ch_disc"])
-    critic.load_state_dict(
+    discriminator = PatchDiscriminator(golden("autoencoder.json")["config"]["base_ch_disc"])
+    discriminator.load_state_dict(
         {internal_name(n.removeprefix("image_disc.")): w for n, w in t.items() if n.startswith("image_disc.")}
     )
-    close(critic(t["x"]), t["logits"])
+    close(discriminator(t["x"]), t["logits"])
 
 
 @pytest.mark.parametrize("dim", [16, 24, 32, 64])
@@ -160,9 +164,9 @@ def test_names_and_shapes_of_released_checkpoints(golden, dim):
 
 def test_names_and_shapes_of_the_discriminator(golden):
     with torch.device("meta"):
-        critic = PatchDiscriminator()
-    names = published_names(critic)
-    assert {names[n]: list(w.shape) for n, w in critic.state_dict().items()} == golden(
+        discriminator = PatchDiscriminator()
+    names = published_names(discriminator)
+    assert {names[n]: list(w.shape) for n, w in discriminator.state_dict().items()} == golden(
         "checkpoint_keys.json"
     )["image_disc"]
 
@@ -170,17 +174,18 @@ def test_names_and_shapes_of_the_discriminator(golden):
 # training
 
 
+@pytest.mark.parametrize("variant", ["plain", "optimized"])
 @pytest.mark.parametrize("step", range(4))
-def test_gradients_of_a_training_step(golden, step):
+def test_gradients_of_a_training_step(golden, step, variant):
     t, weights, record = (
         golden("training.safetensors"),
         golden("autoencoder.safetensors"),
         golden("training.json")["steps"][step],
     )
-    tok = BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense").train()
+    tok = load(variant).train()
     tok.quantizer.drop_rate = 0.0
-    critic = PatchDiscriminator(16)
-    critic.load_state_dict(
+    discriminator = PatchDiscriminator(16)
+    discriminator.load_state_dict(
         {
             internal_name(n.removeprefix("image_disc.")): w
             for n, w in weights.items()
@@ -191,7 +196,7 @@ def test_gradients_of_a_training_step(golden, step):
     on = record["discriminator_on"]
 
     y, z, q = tok(x)
-    loss, parts = generator_loss(x, y, z, q, critic.requires_grad_(False)(y) if on else None)
+    loss, parts = generator_loss(x, y, z, q, discriminator.requires_grad_(False)(y) if on else None)
     loss.backward()
     expected = record["losses"]
     pairs = {"pixels": "recon_loss", "quantizer": "commitment_loss", "latent": "all_commitment_loss"} | (
@@ -207,7 +212,7 @@ def test_gradients_of_a_training_step(golden, step):
         tight=not on,
     )
 
-    loss, parts = discriminator_loss(critic.requires_grad_(True)(x), critic(y.detach()))
+    loss, parts = discriminator_loss(discriminator.requires_grad_(True)(x), discriminator(y.detach()))
     for ours, theirs in {
         "hinge": "d_loss",
         "lecam": "lecam",
@@ -219,7 +224,7 @@ def test_gradients_of_a_training_step(golden, step):
         assert loss.item() == pytest.approx(expected["d_total"], rel=1e-5)
         loss.backward()
         check_gradients(
-            critic,
+            discriminator,
             {k: v for k, v in t.items() if k.startswith(f"{step}.image_disc.")},
             f"{step}.image_disc.",
             record["disc_grad_norms"],
