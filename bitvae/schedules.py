@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'parse_sizes', 'extend_ladder',
-           'stretch_schedule', 'size_ratio', 'nearest_schedule', 'schedule_for_aspect', 'scale_schedule',
-           'doubled_schedule']
+           'stretch_schedule', 'size_ratio', 'nearest_schedule', 'schedule_for_aspect', 'scale_schedule']
 
 # %% ../nbs/01_schedules.ipynb #2f87e39e
 import math
@@ -15,16 +14,15 @@ from functools import lru_cache
 
 import numpy as np
 
-
 # %% ../nbs/01_schedules.ipynb #cfc908a8
 Size = tuple[int, int]
 Schedule = tuple[Size, ...]
 
 
 def parse_sizes(text: str) -> Schedule:
-    "Read `'1 2 5x4'` as ((1, 1), (2, 2), (5, 4))."
+    "Parse `'1 2 5x4'` to ((1, 1), (2, 2), (5, 4))."
     sizes = [[int(n) for n in word.split("x")] for word in text.split()]
-    return tuple((s[0], s[-1]) for s in sizes)
+    return tuple((size[0], size[-1]) for size in sizes)
 
 # %% ../nbs/01_schedules.ipynb #53b915be
 DYNAMIC = tuple(parse_sizes(text) for text in (
@@ -36,7 +34,7 @@ DYNAMIC = tuple(parse_sizes(text) for text in (
     "1 2 4x2 6x3 10x5 16x8 22x11 30x15 38x19 46x23 60x30 74x37 90x45 120x60 148x74 180x90",
     "1 2 5x2 10x4 15x6 20x8 25x10 30x12 40x16 50x20 65x26 80x32 100x40 130x52 160x64 200x80",
     "1 2 6x2 9x3 15x5 21x7 27x9 36x12 45x15 54x18 72x24 90x30 111x37 144x48 180x60 222x74",
-))  # fmt: skip
+))
 
 # %% ../nbs/01_schedules.ipynb #87a20326
 DENSE = parse_sizes(" ".join(map(str, [*range(1, 17), 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128])))
@@ -55,83 +53,68 @@ LISTED = {
 }
 
 # %% ../nbs/01_schedules.ipynb #3beac6c3
-def extend_ladder(
-    rungs: Schedule,  # one ladder
-    area: int,        # tokens wanted at the last scale
-) -> Schedule:
-    "Continue a ladder by doubling its last octave until it reaches `area`."
-    octave = sum(2 * a > rungs[-1][0] for a, _ in rungs)
-    while math.prod(rungs[-1]) < area:
-        rungs += ((2 * rungs[-octave][0], 2 * rungs[-octave][1]),)
-    return rungs
+def extend_ladder(ladder: Schedule, area: int) -> Schedule:
+    "Append the doubled last octave until the last scale has at least `area` tokens."
+    octave = sum(2 * a > ladder[-1][0] for a, _ in ladder)
+    while math.prod(ladder[-1]) < area:
+        ladder += ((2 * ladder[-octave][0], 2 * ladder[-octave][1]),)
+    return ladder
 
 # %% ../nbs/01_schedules.ipynb #38a0d7fd
-def stretch_schedule(
-    rungs: Schedule,  # a schedule that ends elsewhere
-    h: int,           # tokens down
-    w: int,           # tokens across
-) -> Schedule:  # starts at (1, 1), ends at (h, w), no side ever shrinks, no size twice
-    "Scale a schedule so that it ends exactly at (h, w)."
-    H, W = rungs[-1]
-    scaled = [(max(1, int(a * h / H + 0.5)), max(1, int(b * w / W + 0.5))) for a, b in rungs]
+def stretch_schedule(schedule: Schedule, h: int, w: int) -> Schedule:
+    "Scale a schedule to end exactly at (h, w), without duplicates."
+    H, W = schedule[-1]
+    scaled = [(max(1, int(a * h / H + 0.5)), max(1, int(b * w / W + 0.5))) for a, b in schedule]
     return tuple(dict.fromkeys([(1, 1), *scaled[1:], (h, w)]))
 
-# %% ../nbs/01_schedules.ipynb #65282a1e
+# %% ../nbs/01_schedules.ipynb #cdb43601
 def size_ratio(a: int, b: int) -> Fraction:
-    "How many times the larger of two numbers is the smaller: exact, so that ties are ties on every machine."
+    "Return the ratio of the larger to the smaller of two integers, exactly."
     return max(Fraction(a, b), Fraction(b, a))
 
-# %% ../nbs/01_schedules.ipynb #cdb43601
-def nearest_schedule(
-    candidates: list[Schedule],  # schedules that end elsewhere
-    h: int,                      # tokens down
-    w: int,                      # tokens across
-) -> Schedule:  # ends at (h, w)
-    "Stretch the candidate nearest in area; one that loses no scale goes before all that do."
-    return stretch_schedule(min(candidates, key=lambda c: (len(stretch_schedule(c, h, w)) < len(c), size_ratio(math.prod(c[-1]), h * w))), h, w)
+
+def nearest_schedule(candidates: list[Schedule], h: int, w: int) -> Schedule:
+    "Stretch the schedule nearest in area to (h, w); those that keep all their scales come first."
+    def rank(schedule):
+        loses_scales = len(stretch_schedule(schedule, h, w)) < len(schedule)
+        return loses_scales, size_ratio(math.prod(schedule[-1]), h * w)
+
+    return stretch_schedule(min(candidates, key=rank), h, w)
 
 # %% ../nbs/01_schedules.ipynb #d944c527
-@lru_cache(1024)  # every encode asks for one
-def schedule_for_aspect(
-    ladders: tuple[Schedule, ...],  # one per aspect ratio
-    h: int,                   # tokens down
-    w: int,                   # tokens across
-) -> Schedule:  # ends at (h, w)
-    "The fitting prefix of the ladder nearest in shape."
-    ladders += tuple(tuple((b, a) for a, b in rungs) for rungs in ladders)
-    rungs = min(ladders, key=lambda r: size_ratio(r[-1][0] * w, r[-1][1] * h))
-    rungs = extend_ladder(rungs, h * w)
-    return nearest_schedule([rungs[:k] for k in range(1, len(rungs) + 1)], h, w)
+@lru_cache(1024)
+def schedule_for_aspect(ladders: tuple[Schedule, ...], h: int, w: int) -> Schedule:
+    "Return the schedule of a latent (h, w) from ladders of several aspect ratios."
+    ladders += tuple(tuple((b, a) for a, b in ladder) for ladder in ladders)
+    ladder = min(ladders, key=lambda s: size_ratio(s[-1][0] * w, s[-1][1] * h))
+    ladder = extend_ladder(ladder, h * w)
+    return nearest_schedule([ladder[:k] for k in range(1, len(ladder) + 1)], h, w)
 
 # %% ../nbs/01_schedules.ipynb #7f5df5f4
 def scale_schedule(
-    h: int,                # tokens down: image height / stride
-    w: int,                # tokens across: image width / stride
-    mode: str = "dynamic", # "dynamic", "dense", "original", "dense_f8", "half", or "same1", "same2", ...; with "_x2" for even sides
+    h: int,                 # tokens per column: image height / stride
+    w: int,                 # tokens per row: image width / stride
+    mode: str = "dynamic",  # a key of `LISTED`, or "same1", "same2", ...; with suffix "_x2" for even sides
 ) -> Schedule:  # ((h_1, w_1), ..., (h_K, w_K)), coarse to fine
-    "The sizes at which a latent of (h, w) tokens is quantized; raises `ValueError` for a mode or size it cannot serve."
+    "Return the sizes at which a latent is quantized; raise `ValueError` for an unknown mode or a bad size."
+    base = str(mode).removesuffix("_x2")
+    same = re.fullmatch(r"same([1-9]\d*)", base)
+    if not same and base not in LISTED:
+        raise ValueError(f"unknown mode {mode!r}: use {', '.join(LISTED)}, same1, same2, ... (or with _x2)")
     if not all(isinstance(n, int | np.integer) and n >= 1 for n in (h, w)):
-        raise ValueError(f"mode {mode!r} serves whole numbers of tokens from 1x1 up, not {h}x{w}")
+        raise ValueError(f"mode {mode!r} serves integer sizes of at least 1x1 tokens, not {h}x{w}")
     h, w = int(h), int(w)
-    if str(mode).count("_x2") == 1 and mode.endswith("_x2"): return doubled_schedule(h, w, mode)
-    if same := re.fullmatch(r"same([1-9]\d*)", str(mode)):
+    if mode != base:
+        if h % 2 or w % 2:
+            raise ValueError(f"mode {mode!r} serves even sides, not {h}x{w}: crop the image or use {base!r}")
+        return tuple((2 * a, 2 * b) for a, b in scale_schedule(h // 2, w // 2, base))
+    if same:
         return ((h, w),) * int(same[1])
-    if mode not in LISTED:
-        raise ValueError(f"unknown mode {mode!r}: one of {', '.join(LISTED)}, same1, same2, ..., each also with _x2 at its end")
     if (h, w) in LISTED[mode]:
         return LISTED[mode][h, w]
     if mode == "half":
-        raise ValueError(f"mode 'half' serves only {', '.join(f'{a}x{b}' for a, b in LISTED['half'])} tokens, not {h}x{w}")
-    if mode == "original": return nearest_schedule(list(ORIGINAL.values()), h, w)
+        sizes = ", ".join(f"{a}x{b}" for a, b in LISTED["half"])
+        raise ValueError(f"mode 'half' serves only {sizes} tokens, not {h}x{w}")
+    if mode == "original":
+        return nearest_schedule(list(ORIGINAL.values()), h, w)
     return schedule_for_aspect(DYNAMIC if mode == "dynamic" else (DENSE,), h, w)
-
-# %% ../nbs/01_schedules.ipynb #9eef4fe6
-def doubled_schedule(
-    h: int,     # tokens down, even
-    w: int,     # tokens across, even
-    mode: str,  # ends in "_x2"
-) -> Schedule:  # only even sides
-    "The schedule of half the size with every side doubled; raises `ValueError` for odd sizes."
-    half = mode.removesuffix("_x2")
-    if h % 2 or w % 2: raise ValueError(f"mode {mode!r} serves even numbers of tokens, not {h}x{w}: crop the picture to sides of an even number of tokens, or use mode {half!r}")
-    return tuple((2 * a, 2 * b) for a, b in scale_schedule(h // 2, w // 2, half))

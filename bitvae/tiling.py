@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAND_BYTES', 'ELEMENTWISE', 'LazyFeatureMap', 'from_tensor', 'row_tiles', 'apply_layer', 'band_rows', 'group_stats',
            'scale_and_shift', 'apply_group_norm', 'is_layer', 'conv_halo', 'tile_layer', 'materialize', 'tile_block',
-           'layers_of', 'tiled_forward']
+           'layers_of', 'run_tiles', 'check_tiling', 'tiled_forward']
 
 # %% ../nbs/90_tiling.ipynb #8900bbf2
 from collections.abc import Callable, Iterable, Iterator
@@ -187,17 +187,34 @@ def layers_of(net: Encoder | Decoder) -> Iterator[nn.Module]:
     yield from (net.norm_out, net.act, net.conv_out)
 
 
+def run_tiles(net: Encoder | Decoder, x: Tensor, rows: int) -> Tensor:
+    "Run the layers of a network on row tiles."
+    conv_in, *layers = layers_of(net)
+    m = tile_layer(from_tensor(x.contiguous(memory_format=torch.channels_last)), conv_in, rows)
+    for layer in layers:
+        m = tile_layer(m, layer, rows)
+    return materialize(m, rows).tensor
+
+
+def check_tiling(net: Encoder | Decoder, x: Tensor) -> None:
+    "Raise `TypeError` if a network does not compute its layers in this order, as an edited `forward` may."
+    side = 4 * 2 ** sum(isinstance(m, Downsample) for m in net.modules())
+    ramp = torch.linspace(-1, 1, x.shape[1] * side * side, device=x.device)
+    small = ramp.to(x.dtype).view(1, -1, side, side)
+    y, tolerance = net(small), 1e-3 if x.dtype == torch.float32 else 0.1
+    if (run_tiles(net, small, 5) - y).abs().max() > tolerance * y.abs().max():
+        raise TypeError("tiled_forward does not reproduce this network, whose forward was changed: "
+                        "run the whole image, or change tile_block and layers_of accordingly")  # fmt: skip
+
+
 @torch.no_grad()
 def tiled_forward(
     net: Encoder | Decoder,
     x: Tensor,  # (B, 3, H, W) or (B, d, h, w); not changed
     rows: int,  # per tile, at the resolution of each layer; at least 2
 ) -> Tensor:  # `net(x)`, up to rounding
-    "Run an encoder or decoder on row tiles; raise `ValueError` for fewer than 2 rows."
+    "Run a network on row tiles; raise `ValueError` for fewer than 2 rows, `TypeError` if it cannot be tiled."
     if rows < 2:
         raise ValueError(f"a block reads two rows beyond a tile: use at least 2 rows per tile, not {rows}")
-    conv_in, *layers = layers_of(net)
-    m = tile_layer(from_tensor(x.contiguous(memory_format=torch.channels_last)), conv_in, rows)
-    for layer in layers:
-        m = tile_layer(m, layer, rows)
-    return materialize(m, rows).tensor
+    check_tiling(net, x)
+    return run_tiles(net, x, rows)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Multipliers', 'check_types', 'BitVAEConfig', 'check_architecture', 'config_from_dict', 'BitVAE', 'pad_to_stride',
-           'check_images', 'weight_bytes', 'fingerprint']
+           'check_images', 'weight_bytes', 'hash_encoder']
 
 # %% ../nbs/05_tokenizer.ipynb #2ca4567f
 import hashlib
@@ -48,14 +48,14 @@ Multipliers = tuple[int, ...]
 class BitVAEConfig:
     "Architecture and default schedule of a tokenizer; raises `TypeError` or `ValueError` for invalid values."
 
-    dim: int = 16                                         # bits per token, d
-    channels: int = 128                                   # base channels c, at full resolution
+    dim: int = 16                                     # bits per token, d
+    channels: int = 128                               # base channels c, at full resolution
     encoder_multipliers: Multipliers = (1, 2, 4, 4, 4)  # channels of each encoder level, times c
     decoder_multipliers: Multipliers = (1, 2, 4, 4, 4)  # channels of each decoder level, times c
-    res_blocks: int = 2                                 # residual blocks per encoder level; the decoder has one more
-    stride: int = 16                                      # pixels per token side, f, a power of two
-    mode: str = "dynamic"                                 # schedule used by `encode`, see `scale_schedule`
-    multipliers: InitVar[Multipliers | None] = None     # shorthand: sets both multipliers
+    res_blocks: int = 2                               # residual blocks per level, one more in the decoder
+    stride: int = 16                                  # pixels per token side, f, a power of two
+    mode: str = "dynamic"                             # schedule used by `encode`, see `scale_schedule`
+    multipliers: InitVar[Multipliers | None] = None   # shorthand: sets both multipliers
 
     def __post_init__(self, multipliers: Multipliers | None):
         for name in ("encoder_multipliers", "decoder_multipliers"):
@@ -63,7 +63,7 @@ class BitVAEConfig:
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         check_types(self)
         check_architecture(self)
-        scale_schedule(32, 32, self.mode)
+        scale_schedule(32, 32, self.mode)  # raises for an unknown mode
 
 # %% ../nbs/05_tokenizer.ipynb #357e1f35
 def check_architecture(c: BitVAEConfig) -> None:
@@ -151,7 +151,7 @@ def run_network(
     rows: int | None = None,  # per tile; None: whole images
 ) -> Tensor:
     "Apply one of the networks to a batch without gradients."
-    c = self.config
+    c = self.config  # the first level has the largest activation, at full resolution
     channels = c.channels * max(c.encoder_multipliers[0], c.decoder_multipliers[0])
     net = partial(tiled_forward, net, rows=rows) if rows else net
     return chunked_forward(net, x.to(self.dtype), activation_bytes=pixels * channels * self.dtype.itemsize)
@@ -188,8 +188,7 @@ def weight_bytes(w: Tensor) -> bytes:
     return w.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
-@property
-def fingerprint(self: BitVAE) -> str:
+def hash_encoder(self: BitVAE) -> str:
     "16 hexadecimal digits that identify the encoder."
     # fused optimizers change weights without changing their version: the two ends reveal those steps
     state = [weight_bytes(self.encoder.conv_in.weight) + weight_bytes(self.encoder.conv_out.weight)]
@@ -202,7 +201,7 @@ def fingerprint(self: BitVAE) -> str:
     return self._fingerprint[1]
 
 
-BitVAE.fingerprint = fingerprint
+BitVAE.fingerprint = property(hash_encoder)
 
 # %% ../nbs/05_tokenizer.ipynb #23af1a66
 @patch
@@ -242,6 +241,7 @@ def check_bits(
 def finish(self: BitVAE, y: Tensor, size: tuple[int, int], clamp: bool, device: torch.device) -> Tensor:
     "Crop, clamp and move decoder output (B, 3, H, W)."
     y = y[..., : size[0], : size[1]]
+    # a copy leaves inference mode, so that the result can take part in training
     return (y.clamp(-1, 1) if clamp else y).to(device, copy=True, memory_format=torch.contiguous_format)
 
 

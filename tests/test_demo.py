@@ -1,4 +1,4 @@
-"""`make demo`, with the recipe of three steps: what it prints, a second run, an interrupted one."""
+"""`make demo` with the recipe of three steps: its output, a second run, an interrupted one."""
 
 import os
 import signal
@@ -7,8 +7,7 @@ import time
 import pytest
 from children import ROOT, Child, call, script
 
-from bitvae.evaluation import read_results
-from bitvae.evaluation import protocol_rows
+from bitvae.evaluation import protocol_rows, read_results
 from bitvae.run_dir import newest_checkpoint, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -20,69 +19,49 @@ def demo(folder, recipe="smoke"):
     return call(script, DEMO, "--recipe", recipe, "--folder", folder)
 
 
-def wait_for(child, what):
+def wait_for(child, condition):
     end = time.monotonic() + 120
-    while not what():
+    while not condition():
         assert child.process.is_alive() and time.monotonic() < end, child.finish().stderr[-2000:]
         time.sleep(0.1)
 
 
 def test_demo_and_again(tmp_path):
-    first = demo(tmp_path / "demo")
+    run = tmp_path / "demo"
+    first = demo(run)
     assert first.returncode == 0, first.stderr[-2000:]
-    for line in (
-        "mean colour",
-        "8x8 thumbnail",
-        "7 scales",
-        "10 scales",
-        "astronaut, chelsea, coffee, rocket at 128x128",
-        "at 256x256",
-        "metrics.json",
-        "progressive.png",
-    ):
-        assert line in first.stdout
-    made = {f.name for f in (tmp_path / "demo").iterdir()}
-    assert {
-        "train.ipynb",
-        "evaluate.ipynb",
-        "metrics.json",
-        "tokenizer",
-        "progressive.png",
-        "both.png",
-        "package",
-    } <= made
-    rows = protocol_rows(read_results(tmp_path / "demo"))
+    for text in ("mean colour", "8x8 thumbnail", "7 scales", "10 scales", "metrics.json", "progressive.png"):
+        assert text in first.stdout
+    assert "astronaut, chelsea, coffee, rocket at 128x128" in first.stdout and "at 256x256" in first.stdout
+    made = {file.name for file in run.iterdir()}
+    assert {"train.ipynb", "evaluate.ipynb", "metrics.json", "tokenizer", "package"} <= made
+    assert {"progressive.png", "both.png"} <= made
+    rows = protocol_rows(read_results(run))
     expected = {"mean colour": 14.7, "2x2 thumbnail": 16.1, "4x4 thumbnail": 17.1, "8x8 thumbnail": 18.6}
     assert {name: round(rows[name]["psnr"], 1) for name in expected} == expected
 
-    weights = (tmp_path / "demo" / "tokenizer" / "model.safetensors").stat()
-    evaluated = (tmp_path / "demo" / "metrics.json").stat().st_mtime_ns
-    second = Child(script, DEMO, "--recipe", "smoke", "--folder", tmp_path / "demo")
-    wait_for(
-        second, lambda: (tmp_path / "demo" / "evaluate.ipynb").stat().st_mtime_ns > evaluated
-    )  # the first of two
+    def written(name):
+        return (run / name).stat().st_mtime_ns
+
+    weights, metrics = written("tokenizer/model.safetensors"), written("metrics.json")
+    second = Child(script, DEMO, "--recipe", "smoke", "--folder", run)
+    wait_for(second, lambda: written("metrics.json") > metrics)  # the first of two evaluations
     os.kill(second.process.pid, signal.SIGINT)
-    second = second.finish()
-    assert "holds a finished run: it is not trained again" in second.stdout
-    assert (tmp_path / "demo" / "metrics.json").stat().st_mtime_ns > evaluated
-    assert (tmp_path / "demo" / "tokenizer" / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
+    assert "holds a finished run: evaluating it" in second.finish().stdout
+    assert written("tokenizer/model.safetensors") == weights
 
 
-def test_interrupted_demo_goes_on(tmp_path):
+def test_interrupted_demo_can_be_resumed(tmp_path):
     run = tmp_path / "demo"
+    log = run / "metrics.jsonl"
     child = Child(script, DEMO, "--recipe", "quick", "--folder", run)
-    wait_for(child, lambda: len(read_metrics(run / "metrics.jsonl")) >= 5)
+    wait_for(child, lambda: len(read_metrics(log)) >= 5)
     os.kill(child.process.pid, signal.SIGINT)
     assert child.finish().returncode != 0
-    done = len(read_metrics(run / "metrics.jsonl"))
-    assert (
-        5 <= done < 2000
-        and newest_checkpoint(run / "checkpoints") is not None
-        and not (run / "tokenizer").exists()
-    )
+    step = len(read_metrics(log))
+    assert 5 <= step < 2000
+    assert newest_checkpoint(run / "checkpoints") is not None
+    assert not (run / "tokenizer").exists()
     mixed = demo(run)  # another recipe into the same folder
-    assert (
-        mixed.returncode != 0
-        and "with other values" in mixed.stderr
-        and len(read_metrics(run / "metrics.jsonl")) == done
-    )
+    assert mixed.returncode != 0 and "with other values" in mixed.stderr
+    assert len(read_metrics(log)) == step

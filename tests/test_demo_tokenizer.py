@@ -12,12 +12,13 @@ import torch
 from children import ROOT, call, ranks, script
 from filelock import FileLock
 
+from bitvae.checkpoints import bundled_dir
 from bitvae.evaluation import evaluate, protocol_rows, results_table
 from bitvae.images import held_out_photographs, load_image
-from bitvae.tokenizer import BitVAE
-from bitvae.checkpoints import bundled_dir
-from bitvae.training import main as train_main, train_arguments
 from bitvae.launch import launch_environment
+from bitvae.tokenizer import BitVAE
+from bitvae.training import main as train_main
+from bitvae.training import train_arguments
 
 CARD = ROOT / "benchmarks" / "demo-tokenizer"
 
@@ -29,7 +30,7 @@ def tok():
 
 @pytest.fixture(scope="module")
 def results(tok, tmp_path_factory, worker_id):
-    "An evaluation on the held-out photographs, made once by the workers of pytest-xdist together."
+    "Evaluate on the held-out photographs, once for all workers of pytest-xdist."
     folder = tmp_path_factory.getbasetemp()
     file = (folder if worker_id == "master" else folder.parent) / "demo-results.json"
     with FileLock(f"{file}.lock"):
@@ -43,7 +44,7 @@ def scales(results):
     return [r for r in protocol_rows(results).values() if "scales" in r]
 
 
-def test_small_and_without_network():
+def test_is_small_and_loads_without_network():
     assert sum(f.stat().st_size for f in bundled_dir().iterdir()) <= 8_000_000
     code = """
 import socket
@@ -51,13 +52,9 @@ socket.socket.connect = socket.getaddrinfo = None
 from bitvae import BitVAE
 print(BitVAE.from_pretrained("demo").config.mode)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"BITVAE_WEIGHTS": "/nowhere"},
-    )
-    assert done.stdout.strip() == "dynamic", done.stderr
+    env = os.environ | {"BITVAE_WEIGHTS": "/nowhere"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert result.stdout.strip() == "dynamic", result.stderr
 
 
 @pytest.mark.slow
@@ -69,31 +66,30 @@ def test_rate_and_quality(results):
 
 
 @pytest.mark.slow
-def test_every_scale_brings_it_nearer(results):
+def test_every_scale_raises_psnr(results):
     curve = [r["psnr"] for r in scales(results)]
     assert len(curve) >= 7 and all(a < b for a, b in zip(curve, curve[1:], strict=False))
 
 
 @pytest.mark.slow
-def test_nearer_in_features_than_jpeg(results):
-    rival = protocol_rows(results)["JPEG 0.13"]
-    assert rival["bits_per_pixel"] >= 0.13
-    assert scales(results)[-1]["efficientnet"] < rival["efficientnet"]
+def test_feature_distance_beats_jpeg(results):
+    jpeg = protocol_rows(results)["JPEG 0.13"]
+    assert jpeg["bits_per_pixel"] >= 0.13
+    assert scales(results)[-1]["efficientnet"] < jpeg["efficientnet"]
 
 
 @pytest.mark.slow
 def test_every_channel_is_used(results):
-    assert all(
-        0.2 <= share <= 0.8 for share in results["bits"]["dynamic bicubic-256"]["usage"][-1]["share_of_ones"]
-    )
+    last = results["bits"]["dynamic bicubic-256"]["usage"][-1]
+    assert all(0.2 <= fraction <= 0.8 for fraction in last["share_of_ones"])
 
 
 @pytest.mark.parametrize("file", held_out_photographs(), ids=lambda f: f.stem)
-def test_natural_colours_and_no_grid(tok, file):
+def test_natural_colors_and_no_grid(tok, file):
     x = load_image(file, 256)
     y = tok.decode(tok.encode(x))
-    assert (x.mean((2, 3)) - y.mean((2, 3))).abs().max() < 0.12  # of a range of 2; the red of flower has 0.09
-    error = (y - x).mean((0, 1))  # what belongs to the position within a token's square, and so repeats
+    assert (x.mean((2, 3)) - y.mean((2, 3))).abs().max() < 0.12  # of a range of 2; flower's red has 0.09
+    error = (y - x).mean((0, 1))  # averaged over tokens below, a grid remains
     grid = error.unflatten(0, (-1, tok.config.stride)).unflatten(2, (-1, tok.config.stride)).mean((0, 2))
     assert grid.std() < 0.02
 
@@ -104,7 +100,7 @@ def test_any_size(tok):
 
 
 @pytest.mark.slow
-def test_card_tells_of_these_weights(results):
+def test_card_describes_these_weights(results):
     card, kept = (CARD / "README.md").read_text(), json.loads((CARD / "metrics.json").read_text())
     assert hashlib.sha256((bundled_dir() / "model.safetensors").read_bytes()).hexdigest() in card
     assert results_table(kept) in card
@@ -115,11 +111,11 @@ def test_card_tells_of_these_weights(results):
 
 
 @pytest.mark.slow
-def test_trained_again_it_is_the_same(tmp_path):
-    "Once by the tool and its notebooks, once by the command lines that these run."
-    done = call(script, ROOT / "tools" / "retrain_demo.py", "--folder", tmp_path, "--steps", 3)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "these weights are not those of the package" in done.stdout
+def test_retraining_reproduces_the_weights(tmp_path):
+    "The tool with its notebooks and the command lines that they run give equal weights."
+    result = call(script, ROOT / "tools" / "retrain_demo.py", "--folder", tmp_path, "--steps", 3)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "these weights are not those of the package" in result.stdout
     stages = [tmp_path / f"again{n}" for n in (1, 2)]
     for n, run in enumerate(stages, 1):
         overrides = {"steps": 3} | ({"start": str(stages[0])} if n == 2 else {})

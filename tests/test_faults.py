@@ -1,4 +1,4 @@
-"""What bad input gets: a message that names the thing and the remedy, and nothing lost."""
+"""Bad input raises an error that names the file or value and the remedy, and no data is lost."""
 
 import json
 import math
@@ -15,21 +15,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitvae import BitVAE, load_image
-from bitvae.checkpoints import published_names
+from bitvae.checkpoints import RELEASED, CheckpointError, published_names
 from bitvae.data import DataError
+from bitvae.evaluation import protocol_rows, read_results
 from bitvae.images import bundled_photographs
 from bitvae.recipes import recipe
-from bitvae.evaluation import read_results
-from bitvae.evaluation import protocol_rows
-from bitvae.run_dir import newest_checkpoint, read_metrics, RunExistsError
-from bitvae.checkpoints import CheckpointError, RELEASED
+from bitvae.run_dir import RunExistsError, newest_checkpoint, read_metrics
 from bitvae.tokenizer import BitVAEConfig
-from bitvae.training import PIXEL_LOSSES, train, TrainingDiverged
+from bitvae.training import PIXEL_LOSSES, TrainingDiverged, train
 
 GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
 
 
-# pictures
+# images
 
 
 @pytest.mark.parametrize(
@@ -44,7 +42,7 @@ GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
         ("F", 0.2, (51, 51, 51)),
     ],
 )
-def test_every_mode_of_picture_becomes_rgb(tmp_path, mode, color, expected):
+def test_every_image_mode_becomes_rgb(tmp_path, mode, color, expected):
     file = tmp_path / ("x.tif" if mode in ("CMYK", "F") else "x.png")
     Image.new(mode, (8, 6), color).save(file)
     x = load_image(file)
@@ -58,7 +56,7 @@ def test_palette_and_orientation(tmp_path):
         load_image(tmp_path / "x.gif")[0, :, 0, 0] * 127.5 + 127.5, (200, 100, 50), atol=1
     )
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
     Image.new("RGB", (8, 6)).save(tmp_path / "x.jpg", exif=exif)
     assert load_image(tmp_path / "x.jpg").shape == (1, 3, 8, 6)
 
@@ -66,14 +64,14 @@ def test_palette_and_orientation(tmp_path):
 @pytest.mark.parametrize("length", [0, 10, 5000])
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.slow
-def test_truncated_picture_stops_training_with_its_name(tmp_path, length, workers):
+def test_a_truncated_image_stops_training_with_its_name(tmp_path, length, workers):
     (tmp_path / "cut.jpg").write_bytes(bundled_photographs()[0].read_bytes()[:length])
     with pytest.raises(DataError, match="^no picture can be used, the last one: .*cut.jpg"):
-        train(recipe("smoke", start_norm=None), tmp_path, tmp_path / "run", workers=workers)
+        train(recipe("smoke", init_latent_norm=None), tmp_path, tmp_path / "run", workers=workers)
 
 
 @pytest.mark.slow
-def test_picture_smaller_than_the_crop(tmp_path):
+def test_an_image_smaller_than_the_crop(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "tiny.png")
     with pytest.raises(DataError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"):
         train(recipe("smoke"), tmp_path, tmp_path / "run")
@@ -82,7 +80,7 @@ def test_picture_smaller_than_the_crop(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (33, 31), (256, 255)])
-def test_any_size_comes_back_as_it_was(size):
+def test_decoding_restores_any_image_size(size):
     tok = BitVAE(BitVAEConfig(dim=8, channels=48, multipliers=(1, 1, 1), res_blocks=0, stride=4))
     x = torch.rand(2, 3, *size) * 2 - 1
     assert tok.decode(tok.encode(x)).shape == x.shape
@@ -102,13 +100,10 @@ def bits():
     return BitVAE.from_pretrained(GOLDEN).encode(load_image(bundled_photographs()[0], 64))
 
 
-def bare(name):
-    return (
-        name.replace(".conv.conv.", ".@.")
-        .replace(".conv.", ".")
-        .replace(".norm.", ".")
-        .replace(".@.", ".conv.")
-    )
+def without_levels(name):
+    "Return a weight's name without the levels `conv` and `norm`, except for resampling convolutions."
+    name = name.replace(".conv.conv.", ".@.").replace(".conv.", ".").replace(".norm.", ".")
+    return name.replace(".@.", ".conv.")
 
 
 @pytest.mark.parametrize(
@@ -117,47 +112,35 @@ def bare(name):
 def test_published_layouts(tmp_path, weights, bits, layout):
     file, w = tmp_path / "x.pth", weights
     if layout == "without levels":
-        w = {bare(n): t for n, t in w.items()}
+        w = {without_levels(n): t for n, t in w.items()}
     if "module" in layout:
         w = {f"module.{n}": t for n, t in w.items()}
     if layout == "extras":
         w = w | {"perceptual_model.net.slice1.0.weight": torch.ones(3), "quantize.lfq.mask": torch.ones(16)}
     if layout == "safetensors":
         save_file(w, file := tmp_path / "x.safetensors")
+    elif "nested" in layout or layout == "extras":
+        torch.save({"vae": w, "image_disc": {}, "opt_vae": {"state": {}}, "step": 7}, file)
     else:
-        torch.save(
-            {"vae": w, "image_disc": {}, "opt_vae": {"state": {}}, "step": 7}
-            if "nested" in layout or layout == "extras"
-            else w,
-            file,
-        )
+        torch.save(w, file)
     tok = BitVAE.from_pretrained(file)
     assert tok.config == BitVAEConfig(16, 32, (1, 1, 1, 1, 2), 1, 16, "dynamic")
     assert tok.encode(load_image(bundled_photographs()[0], 64)) == bits
 
 
 def test_missing_and_unexpected_names_are_listed(tmp_path, weights):
-    w = {n: t for n, t in weights.items() if "encoder.mid" not in n} | {
-        "encoder.attn.q.weight": torch.ones(2)
-    }
-    torch.save({"vae": w}, tmp_path / "x.pth")
-    with pytest.raises(
-        CheckpointError,
-        match=r"x\.pth does not fit .*missing: encoder\.mid\.block_1.* and 12 more; "
-        r"unexpected: encoder\.attn\.q\.weight",
-    ):
+    w = {n: t for n, t in weights.items() if "encoder.mid" not in n}
+    torch.save({"vae": w | {"encoder.attn.q.weight": torch.ones(2)}}, tmp_path / "x.pth")
+    missing = r"missing: encoder\.mid\.block_1.* and 12 more; unexpected: encoder\.attn\.q\.weight"
+    with pytest.raises(CheckpointError, match=r"x\.pth does not fit .*" + missing):
         BitVAE.from_pretrained(tmp_path / "x.pth")
 
 
 def test_wrong_shapes_are_listed(tmp_path, weights):
-    torch.save(
-        weights | {"encoder.mid.block_1.conv1.conv.weight": torch.ones(64, 32, 3, 3)}, tmp_path / "x.pth"
-    )
-    with pytest.raises(
-        CheckpointError,
-        match=r"of other shape: encoder\.mid\.block_1\.conv1\.weight has \(64, 32, 3, 3\) "
-        r"instead of \(64, 64, 3, 3\)",
-    ):
+    name = "encoder.mid.block_1.conv1.conv.weight"
+    torch.save(weights | {name: torch.ones(64, 32, 3, 3)}, tmp_path / "x.pth")
+    shapes = r"encoder\.mid\.block_1\.conv1\.weight has \(64, 32, 3, 3\) instead of \(64, 64, 3, 3\)"
+    with pytest.raises(CheckpointError, match=f"of other shape: {shapes}"):
         BitVAE.from_pretrained(tmp_path / "x.pth")
 
 
@@ -178,10 +161,8 @@ def test_no_code_from_a_pickle(tmp_path):
 def test_released_names_without_network(tmp_path, monkeypatch, name):
     monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(
-        ConnectionError,
-        match=f"{name}.pth: fetch it from .*FoundationVision/Infinity.* put it at {tmp_path}/{name}.pth",
-    ):
+    remedy = f"fetch it from .*FoundationVision/Infinity.* put it at {tmp_path}/{name}.pth"
+    with pytest.raises(ConnectionError, match=f"{name}.pth: {remedy}"):
         BitVAE.from_pretrained(name)
 
 
@@ -192,7 +173,7 @@ def offline(repository, file):
     raise LocalEntryNotFoundError("no network")
 
 
-def test_released_name_put_there_by_hand(tmp_path, monkeypatch, weights, bits):
+def test_a_released_file_in_the_weights_folder(tmp_path, monkeypatch, weights, bits):
     monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path))
     torch.save({"vae": weights}, tmp_path / "infinity_vae_d16.pth")
     assert BitVAE.from_pretrained("infinity_vae_d16").encode(load_image(bundled_photographs()[0], 64)) == bits
@@ -209,32 +190,27 @@ def test_published_names_load_back(tmp_path, weights):
 
 @pytest.mark.slow
 def test_same_seed_same_weights(tmp_path):
-    config = recipe("smoke", drop_rate=0.5, schedule="dense", seed=3, steps=4)
-    files = [train(config, "bundled", tmp_path / name) / "model.safetensors" for name in "ab"]
-    other = (
-        train(recipe("smoke", drop_rate=0.5, schedule="dense", seed=4, steps=4), "bundled", tmp_path / "c")
-        / "model.safetensors"
-    )
-    assert files[0].read_bytes() == files[1].read_bytes() != other.read_bytes()
+    def trained(name, seed):
+        config = recipe("smoke", drop_rate=0.5, train_mode="dense", seed=seed, steps=4)
+        return (train(config, "bundled", tmp_path / name) / "model.safetensors").read_bytes()
+
+    assert trained("a", seed=3) == trained("b", seed=3) != trained("c", seed=4)
 
 
-@pytest.mark.parametrize(
-    ("rate_at_step_5", "message"),
-    [
-        (math.nan, "step 6: the weights it left give loss nan"),
-        (1e25, "step 6: the weights it left give loss"),
-    ],
-)
+@pytest.mark.parametrize(("lr_at_step_5", "loss"), [(math.nan, "nan"), (1e25, "")])
 @pytest.mark.slow
-def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, rate_at_step_5, message):
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, lr_at_step_5, loss):
     config = recipe("smoke", steps=20, checkpoint_every=1)
-    monkeypatch.setattr("bitvae.recipes.lr_multiplier", lambda config, step: rate_at_step_5 if step == 5 else 1.0)
-    with pytest.raises(TrainingDiverged, match=f"{message}.*step-00000005 is kept"):
+
+    def multiplier(config, step):
+        return lr_at_step_5 if step == 5 else 1.0
+
+    monkeypatch.setattr("bitvae.training.lr_multiplier", multiplier)
+    with pytest.raises(TrainingDiverged, match=f"step 6: validation loss {loss}.*step-00000005 is kept"):
         train(config, "bundled", tmp_path / "run")
     kept, content = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert content["step"] == 5 and all(
-        w.isfinite().all() for w in load_file(kept / "model.safetensors").values()
-    )
+    assert content["step"] == 5
+    assert all(w.isfinite().all() for w in load_file(kept / "model.safetensors").values())
     tok = BitVAE.from_pretrained(tmp_path / "run")
     assert tok.decode(tok.encode(load_image(bundled_photographs()[0], 32))).isfinite().all()
 
@@ -242,11 +218,12 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, rate_a
 @pytest.mark.slow
 def test_infinite_loss_stops_at_once(tmp_path, monkeypatch):
     calls = iter(range(100))
-    monkeypatch.setitem(
-        PIXEL_LOSSES,
-        "mse",
-        lambda y, x: torch.nn.functional.mse_loss(y, x) * (torch.inf if next(calls) == 7 else 1),
-    )  # two are validations
+
+    def mse(y, x):
+        loss = torch.nn.functional.mse_loss(y, x)
+        return loss * torch.inf if next(calls) == 7 else loss  # two calls are validations
+
+    monkeypatch.setitem(PIXEL_LOSSES, "mse", mse)
     with pytest.raises(TrainingDiverged, match="step 5: loss inf"):
         train(recipe("smoke", steps=20), "bundled", tmp_path / "run")
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
@@ -254,7 +231,7 @@ def test_infinite_loss_stops_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_nothing_that_was_trained_is_written_over(tmp_path):
+def test_a_trained_tokenizer_is_never_overwritten(tmp_path):
     train(recipe("smoke", steps=2), "bundled", tmp_path)
     before = (tmp_path / "tokenizer" / "model.safetensors").read_bytes()
     for damage in (
@@ -274,18 +251,18 @@ def test_nothing_that_was_trained_is_written_over(tmp_path):
     "content", [b"", b"PK", b"hello world", b"\x80\x04K\x01.", b"PK\x03\x04" + bytes(300)]
 )
 @pytest.mark.parametrize("suffix", ["pth", "ckpt", "safetensors"])
-def test_no_checkpoint_at_all(tmp_path, content, suffix):
+def test_a_file_that_is_no_checkpoint(tmp_path, content, suffix):
     (tmp_path / f"x.{suffix}").write_bytes(content)
     with pytest.raises(CheckpointError, match=f"x.{suffix}"):
         BitVAE.from_pretrained(tmp_path / f"x.{suffix}")
 
 
-def test_damaged_checkpoints_name_the_file_or_load(tmp_path, weights):
+def test_damaged_checkpoints_load_or_raise_an_error_with_the_file(tmp_path, weights):
     rng = np.random.default_rng(0)
-    torch.save({"vae": weights}, tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
+    torch.save({"vae": weights}, tmp_path / "intact.pth")
+    intact = (tmp_path / "intact.pth").read_bytes()
     for n in range(40):
-        bad = bytearray(whole[: len(whole) if n % 2 else int(rng.integers(len(whole)))])
+        bad = bytearray(intact[: len(intact) if n % 2 else int(rng.integers(len(intact)))])
         for at in rng.integers(min(len(bad), 3000), size=20):
             bad[at] ^= 1 << int(rng.integers(8))
         (tmp_path / "bad.pth").write_bytes(bad)
@@ -302,7 +279,7 @@ def test_damaged_checkpoints_name_the_file_or_load(tmp_path, weights):
     ("arguments", "message"),
     [
         (("train", "slow"), "unknown recipe 'slow': one of quick, smoke"),
-        (("train", "smoke", "--set", "step=3"), "unknown override step: known are start"),
+        (("train", "smoke", "--set", "step=3"), "unknown override step: known are init_from"),
         (("train", "smoke", "--set", "steps=-3"), "steps must be at least 1, got -3"),
         (("train", "smoke", "--images", "nowhere"), "no such images: nowhere; give a folder"),
         (("evaluate", "nothing"), "no tokenizer 'nothing': give a checkpoint file"),
@@ -329,52 +306,23 @@ def test_image_lists_name_the_line(tmp_path):
 @pytest.mark.slow
 def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    run = bitvae(
-        "run",
-        "nbs/experiments/train.ipynb",
-        tmp_path / "train.ipynb",
-        "--set",
-        "recipe=smoke",
-        "--set",
-        f"folder={tmp_path}/run",
-        "--set",
-        'overrides={"steps": 5}',
-    )
+    def notebook(name, output, **parameters):
+        pairs = [a for k, v in parameters.items() for a in ("--set", f"{k}={v}")]
+        return bitvae("run", f"nbs/experiments/{name}.ipynb", tmp_path / f"{output}.ipynb", *pairs)
+
+    folder = tmp_path / "run"
+    run = notebook("train", "train", recipe="smoke", folder=folder, overrides='{"steps": 5}')
     assert run.returncode == 0, run.stderr
-    assert "100%" in run.stderr and "5/5" in run.stderr  # the bar reaches the terminal
+    assert "step 5 of 5" in run.stdout + run.stderr  # progress reaches the terminal
     executed = json.loads((tmp_path / "train.ipynb").read_text())
-    assert not any(
-        "\r" in "".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", [])
-    )
-    run = bitvae(
-        "run",
-        "nbs/experiments/evaluate.ipynb",
-        tmp_path / "evaluate.ipynb",
-        "--set",
-        f"tokenizer={tmp_path}/run/tokenizer",
-        "--set",
-        f"folder={tmp_path}/run",
-        "--set",
-        "resolutions=[64]",
-    )
+    outputs = ["".join(o.get("text", "")) for c in executed["cells"] for o in c.get("outputs", [])]
+    assert not any("\r" in text for text in outputs)  # no progress bars in the record
+    tokenizer = folder / "tokenizer"
+    run = notebook("evaluate", "evaluate", tokenizer=tokenizer, folder=folder, resolutions="[64]")
     assert run.returncode == 0, run.stderr
-    rows = protocol_rows(read_results(tmp_path / "run"))
+    rows = protocol_rows(read_results(folder))
     assert rows["mean colour"]["psnr"] > 10 and rows["1 scale"]["bits"] == 16
-    assert {
-        "progressive.png",
-        "quality_psnr.png",
-        "pairs.png",
-        "extremes.png",
-        "bits_dynamic_bicubic-64.png",
-        "training.png",
-    } <= {f.name for f in (tmp_path / "run").iterdir()}
-    again = bitvae(
-        "run",
-        "nbs/experiments/train.ipynb",
-        tmp_path / "again.ipynb",
-        "--set",
-        f"folder={tmp_path}/run",
-        "--set",
-        "resume=false",
-    )
+    images = {"progressive", "quality_psnr", "pairs", "extremes", "bits_dynamic_bicubic-64", "training"}
+    assert images <= {f.stem for f in folder.glob("*.png")}
+    again = notebook("train", "again", folder=folder, resume="false")
     assert again.returncode != 0 and "already holds a run" in again.stderr

@@ -1,4 +1,4 @@
-"""A run that is killed, at whatever point, goes on as if it had not been; and what is damaged is noticed."""
+"""A run that is killed at any point resumes to identical weights, and damage is detected."""
 
 import multiprocessing
 import os
@@ -8,8 +8,10 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,12 +19,21 @@ from children import call, servers
 from PIL import Image
 
 from bitvae import BitVAE, load_image
-from bitvae.losses import PatchDiscriminator
+from bitvae.checkpoints import CheckpointError
 from bitvae.data import CropPlan, DataError
 from bitvae.images import bundled_photographs
+from bitvae.losses import PatchDiscriminator
 from bitvae.recipes import recipe
-from bitvae.run_dir import CollapseWarning, deserialize_state, list_checkpoints, newest_checkpoint, read_checkpoint, read_metrics, RunExistsError
-from bitvae.checkpoints import CheckpointError
+from bitvae.run_dir import (
+    CollapseWarning,
+    RunExistsError,
+    deserialize_state,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    read_metrics,
+    summarize_bits,
+)
 from bitvae.training import init_discriminator, train
 
 pytestmark = pytest.mark.slow
@@ -34,40 +45,41 @@ EVERYTHING = recipe(
     discriminator_start=2,
     ema=0.9,
     drop_rate=0.5,
-    schedule="dense",
+    train_mode="dense",
     accumulate=2,
     batch=1,
 )
 MANY = int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000
+SMALL_DISCRIMINATOR = partial(PatchDiscriminator, 16)
 
 
-def run(folder, config=EVERYTHING, slowly=0.0):
-    "A run in a child: one thread, a small critic, and writing that takes its time where that is wanted."
+def run(folder, config=EVERYTHING, delay=0.0):
+    "Train in a child: one thread, a small discriminator, and a delay in seconds before each fsync."
     import bitvae.training
 
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(os.devnull, "w")
-    bitvae.losses.PatchDiscriminator = partial(PatchDiscriminator, 16)
-    plain = os.fsync
-    os.fsync = lambda descriptor: (time.sleep(slowly), plain(descriptor))
+    bitvae.training.PatchDiscriminator = SMALL_DISCRIMINATOR
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(delay), fsync(descriptor))
     train(config, "bundled", folder, validation=bundled_photographs()[0])
 
 
-def begin(folder, **how):
-    child = servers.Process(target=run, args=(folder,), kwargs=how)
+def start(folder, **options):
+    child = servers.Process(target=run, args=(folder,), kwargs=options)
     child.start()
     return child
 
 
-def finished(folder, **how):
-    child = begin(folder, **how)
+def finish(folder):
+    child = start(folder)
     child.join(120)
     assert child.exitcode == 0
     return folder
 
 
 def flat(value, name=""):
-    "A nested state as names and plain values; tensors as their bytes."
+    "Flatten a nested state to names and plain values, tensors to their bytes."
     if isinstance(value, dict):
         return {n: v for k, x in value.items() for n, v in flat(x, f"{name}/{k}").items()}
     if isinstance(value, list):
@@ -77,109 +89,125 @@ def flat(value, name=""):
 
 def state(folder):
     "Return a finished run's tokenizer and last checkpoint: both networks, both optimizers, the average."
-    path, content = newest_checkpoint(folder / "checkpoints")
-    files, result = content["files"], (folder / "tokenizer" / "model.safetensors").read_bytes()
+    content = newest_checkpoint(folder / "checkpoints")[1]
+    files = content["files"]
+    result = (folder / "tokenizer" / "model.safetensors").read_bytes()
     assert files["model.safetensors"] == result
     return {"step": content["step"], "result": result} | flat(deserialize_state(files["state.pt"]))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return state(finished(tmp_path_factory.mktemp("runs") / "whole"))
+def expected(tmp_path_factory):
+    "The state after a run without interruption."
+    return state(finish(tmp_path_factory.mktemp("runs") / "uninterrupted"))
 
 
-def kill_at(folder, child, steps, wait, writing):
-    "Kill -9 after so many steps and a moment more, or as soon as a checkpoint after that is being written."
+def kill_at(folder, child, steps, delay=0.0, writing=False):
+    "Kill -9 after some steps and a delay, or while the next checkpoint is written; return whether one was."
 
-    def parts():
+    def incomplete():
         return list((folder / "checkpoints").glob(".*.step-*"))
 
     while child.is_alive():
-        if len(read_metrics(folder / "metrics.jsonl")) >= steps and (parts() or not writing):
+        if len(read_metrics(folder / "metrics.jsonl")) >= steps and (incomplete() or not writing):
             break
         time.sleep(0.002)
     if not writing:
-        time.sleep(wait)
-    was_writing = bool(parts())
+        time.sleep(delay)
+    was_writing = bool(incomplete())
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     return was_writing
 
 
-def test_killed_anywhere_and_resumed_is_as_never_killed(tmp_path, whole):
+def test_a_run_killed_anywhere_resumes_to_the_same_state(tmp_path, expected):
     rng = random.Random(0)
     points = [(n, rng.randint(1, 10), rng.random() * 0.1) for n in range(20)]
     if not MANY:  # before the first checkpoint, after two, near the end; each also while one is written
         points = [(2 * n + i, steps, 0.03 * n) for n, steps in enumerate((1, 4, 10)) for i in range(2)]
-    assert whole["step"] == 12 and {
-        "/vae/encoder.conv_in.weight",
-        "/image_disc/main.0.weight",
-        "/opt_image_disc/state/0/exp_avg",
-        "/averaged",
-    } <= set(whole)
+    names = {"/vae/encoder.conv_in.weight", "/image_disc/main.0.weight", "/opt_image_disc/state/0/exp_avg"}
+    assert expected["step"] == 12 and names | {"/averaged"} <= set(expected)
 
     def try_one(point):
-        n, steps, wait = point
-        folder, while_writing = tmp_path / str(n), n % 2 == 1
-        child = begin(folder, slowly=0.05 if while_writing else 0.0)
-        writing = kill_at(folder, child, steps, wait, while_writing)
+        n, steps, delay = point
+        folder = tmp_path / str(n)
+        writing = n % 2 == 1
+        child = start(folder, delay=0.05 if writing else 0.0)
+        was_writing = kill_at(folder, child, steps, delay, writing)
         assert child.exitcode == -signal.SIGKILL and not (folder / "tokenizer").exists(), n
-        assert state(finished(folder)) == whole, n
+        assert state(finish(folder)) == expected, n
         assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(12)), n
         assert not list((folder / "checkpoints").glob(".*"))
-        return writing
+        return was_writing
 
     with ThreadPoolExecutor(2) as pool:
-        writing = list(pool.map(try_one, points))
-    assert sum(writing) >= len(points) // 4
+        assert sum(pool.map(try_one, points)) >= len(points) // 4
 
 
-def test_five_steps_killed_and_resumed_to_twelve(tmp_path, whole):
-    child = begin(tmp_path)
-    kill_at(tmp_path, child, 5, 0.0, writing=False)
-    assert state(finished(tmp_path)) == whole
+def test_a_run_killed_after_five_steps_resumes_to_twelve(tmp_path, expected):
+    kill_at(tmp_path, start(tmp_path), 5)
+    assert state(finish(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whole, damage):
-    child = begin(tmp_path)
-    kill_at(tmp_path, child, 7, 0.0, writing=False)
-    newest, before = list_checkpoints(tmp_path / "checkpoints")[-1], list_checkpoints(tmp_path / "checkpoints")[-2]
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, expected, damage):
+    kill_at(tmp_path, start(tmp_path), 7)
+    *_, before, newest = list_checkpoints(tmp_path / "checkpoints")
     file = newest / "state.pt"
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "gone":
+    if damage == "missing":
         file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[: len(content) // 2])
     else:
-        file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{newest.name}.* is damaged"):
         read_checkpoint(newest)
     with pytest.warns(UserWarning, match=f"{newest.name}.* is damaged.*the checkpoint before it is used"):
         assert newest_checkpoint(tmp_path / "checkpoints")[0] == before
-    assert state(finished(tmp_path)) == whole
+    assert state(finish(tmp_path)) == expected
 
 
-def test_two_runs_at_once_in_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.losses.PatchDiscriminator", partial(PatchDiscriminator, 16))
-    child = begin(tmp_path, config=replace(EVERYTHING, steps=500))
+def test_a_second_run_in_the_same_folder_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitvae.training.PatchDiscriminator", SMALL_DISCRIMINATOR)
+    config = replace(EVERYTHING, steps=500)
+    child = start(tmp_path, config=config)
     while len(read_metrics(tmp_path / "metrics.jsonl")) < 1:
         time.sleep(0.01)
     with pytest.raises(RunExistsError, match="another process is training in"):
-        train(replace(EVERYTHING, steps=500), "bundled", tmp_path)
+        train(config, "bundled", tmp_path)
     assert child.is_alive()
     child.kill()
     child.join()
 
 
-def test_how_work_is_shared_out_may_change(tmp_path):
+@contextmanager
+def after_steps(steps, action):
+    "Call a function once so many steps were logged, and again in every later one until it returns None."
+
+    def count(bits):
+        nonlocal steps, action
+        steps -= 1
+        if steps <= 0 and action:
+            action = action()
+        return summarize_bits(bits)
+
+    with patch("bitvae.training.summarize_bits", count):
+        yield
+
+
+def train_and_stop(steps, *arguments):
+    "Train and send SIGTERM when so many steps are logged."
+    with after_steps(steps, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(KeyboardInterrupt):
+        train(*arguments)
+
+
+def test_batches_and_passes_may_change_on_resume(tmp_path):
     config = recipe("smoke", steps=6, checkpoint_every=3, batch=2)
-    with pytest.raises(KeyboardInterrupt):
-        stop_after(3, lambda: train(config, "bundled", tmp_path))
-    train(
-        replace(config, batch=1, accumulate=2, checkpoint_every=1, keep=9, activation_checkpointing=True),
-        "bundled",
-        tmp_path,
-    )
+    train_and_stop(3, config, "bundled", tmp_path)
+    halved = replace(config, batch=1, accumulate=2, activation_checkpointing=True)
+    train(replace(halved, checkpoint_every=1, keep_checkpoints=9), "bundled", tmp_path)
     assert [c.name[-1] for c in list_checkpoints(tmp_path / "checkpoints")] == ["3", "4", "5", "6"]
     with pytest.raises(RunExistsError, match=r"lr \(0.0015 there, 0.1 here\)"):
         train(replace(config, lr=0.1), "bundled", tmp_path)
@@ -187,33 +215,13 @@ def test_how_work_is_shared_out_may_change(tmp_path):
         train(replace(config, batch=4), "bundled", tmp_path)
 
 
-def stop_after(steps, what):
-    "SIGTERM when so many steps are logged."
-    import bitvae.training
-
-    plain = bitvae.run_dir.summarize_bits
-
-    def counting(bits):
-        nonlocal steps
-        steps -= 1
-        if steps == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(bits)
-
-    bitvae.run_dir.summarize_bits = counting
-    try:
-        return what()
-    finally:
-        bitvae.run_dir.summarize_bits = plain
-
-
-# what goes wrong around a run
+# failures around a run
 
 AVERAGED = recipe("smoke", steps=8, checkpoint_every=2, ema=0.9)
 
 
 def train_with_limit(folder, limit):
-    "Train where no file may be larger than so many bytes."
+    "Train with a limit on the size of files, in bytes."
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -222,173 +230,108 @@ def train_with_limit(folder, limit):
     train(AVERAGED, "bundled", folder)
 
 
-def test_no_room_for_a_checkpoint(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        stop_after(3, lambda: train(AVERAGED, "bundled", tmp_path / "run"))
-    before = list_checkpoints(tmp_path / "run" / "checkpoints")
-    room = max(f.stat().st_size for f in before[-1].iterdir())
-    full = call(train_with_limit, tmp_path / "run", room // 2)
-    assert (
-        full.returncode == 1
-        and "OSError" in full.stderr
-        and "cannot write" in full.stderr
-        and "make room; earlier checkpoints are kept" in full.stderr
-    )
-    assert list_checkpoints(tmp_path / "run" / "checkpoints") == before and read_checkpoint(before[-1])
-    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
-    assert (
-        call(train_with_limit, tmp_path / "run", None).returncode == 0
-        and (tmp_path / "run" / "tokenizer").exists()
-    )
+def test_a_full_disk_keeps_earlier_checkpoints(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    train_and_stop(3, AVERAGED, "bundled", tmp_path / "run")
+    before = list_checkpoints(checkpoints)
+    largest = max(f.stat().st_size for f in before[-1].iterdir())
+    failed = call(train_with_limit, tmp_path / "run", largest // 2)
+    assert failed.returncode == 1 and "OSError" in failed.stderr and "cannot write" in failed.stderr
+    assert "free disk space and resume; earlier checkpoints are kept" in failed.stderr
+    assert list_checkpoints(checkpoints) == before and read_checkpoint(before[-1])
+    assert not list(checkpoints.glob(".*"))
+    assert call(train_with_limit, tmp_path / "run", None).returncode == 0
+    assert (tmp_path / "run" / "tokenizer").exists()
 
 
-def many_photographs(folder, count=40):
+def noise_images(folder, count=40):
     folder.mkdir()
     for n in range(count):
         Image.effect_noise((64, 48), 50 + n).convert("RGB").save(folder / f"{n:03}.png")
     return folder
 
 
-def test_a_folder_that_vanishes(tmp_path):
-    photographs, config = (
-        many_photographs(tmp_path / "photographs"),
-        recipe("smoke", steps=4000, checkpoint_every=2),
-    )
-    start = time.monotonic()
-    with pytest.raises(DataError, match=f"the folder {photographs} is gone: bring it back and resume"):
-        vanish_after(3, photographs, lambda: train(config, photographs, tmp_path / "run", workers=1))
-    assert (
-        time.monotonic() - start < 60 and newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] >= 2
-    )
-    photographs.with_name("away").rename(photographs)
-    with pytest.raises(KeyboardInterrupt):
-        stop_after(2, lambda: train(config, photographs, tmp_path / "run"))
+def test_a_missing_data_folder_stops_the_run(tmp_path):
+    images = noise_images(tmp_path / "images")
+    away = images.with_name("away")
+    config = recipe("smoke", steps=4000, checkpoint_every=2)
+
+    def remove():
+        images.rename(away)
+
+    started = time.monotonic()
+    message = f"the folder {images} is gone: bring it back and resume"
+    with after_steps(3, remove), pytest.raises(DataError, match=message):
+        train(config, images, tmp_path / "run", workers=1)
+    assert time.monotonic() - started < 60
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] >= 2
+    away.rename(images)
+    train_and_stop(2, config, images, tmp_path / "run")
 
 
-def vanish_after(steps, folder, what):
-    import bitvae.training
+def test_a_loading_process_that_dies_stops_the_run(tmp_path):
+    killed = []
 
-    plain = bitvae.run_dir.summarize_bits
-
-    def counting(bits):
-        nonlocal steps
-        steps -= 1
-        if steps == 0:
-            folder.rename(folder.with_name("away"))
-        return plain(bits)
-
-    bitvae.run_dir.summarize_bits = counting
-    try:
-        return what()
-    finally:
-        bitvae.run_dir.summarize_bits = plain
-
-
-def test_a_loading_process_that_dies(tmp_path):
-    import bitvae.training
-
-    plain, killed = bitvae.run_dir.summarize_bits, []
-
-    def killing(bits):
+    def kill_loaders():
         for child in multiprocessing.active_children() if list_checkpoints(tmp_path / "checkpoints") else ():
             child.kill()
             killed.append(child.pid)
-        return plain(bits)
+        return kill_loaders
 
-    bitvae.run_dir.summarize_bits, start = killing, time.monotonic()
-    try:
-        with pytest.raises(
-            DataError, match=r"step \d+: a process that loads images died .*resume with fewer workers"
-        ):
-            train(recipe("smoke", steps=4000, checkpoint_every=1), "bundled", tmp_path, workers=1)
-    finally:
-        bitvae.run_dir.summarize_bits = plain
-    assert (
-        killed
-        and time.monotonic() - start < 60
-        and newest_checkpoint(tmp_path / "checkpoints")[1]["step"] >= 1
-    )
+    started = time.monotonic()
+    message = r"step \d+: a process that loads images died .*resume with fewer workers"
+    with after_steps(1, kill_loaders), pytest.raises(DataError, match=message):
+        train(recipe("smoke", steps=4000, checkpoint_every=1), "bundled", tmp_path, workers=1)
+    assert killed and time.monotonic() - started < 60
+    assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] >= 1
 
 
-def test_broken_pictures_are_passed_over_counted_and_logged(tmp_path):
-    photographs = many_photographs(tmp_path / "photographs", 120)
-    (photographs / "007.png").write_bytes(b"no picture")
+def test_unreadable_images_are_skipped_counted_and_logged(tmp_path):
+    images = noise_images(tmp_path / "images", 120)
+    (images / "007.png").write_bytes(b"no image")
     config = recipe("smoke", steps=70, checkpoint_every=70)
-    with pytest.warns(UserWarning, match="passed over .*007.png is not an image"):
-        train(config, photographs, tmp_path / "run")
+    with pytest.warns(UserWarning, match="skipped an unreadable image: .*007.png is not an image"):
+        train(config, images, tmp_path / "run")
     (line,) = read_metrics(tmp_path / "run" / "broken.jsonl")
     assert line["name"].endswith("007.png") and "not an image" in line["reason"]
-    (photographs / "008.png").write_bytes(b"no picture")
-    with (
-        warnings.catch_warnings(),
-        pytest.raises(
-            DataError,
-            match="2 of 120 pictures cannot be used, more than max_broken=0.01 allows, "
-            "the last one: .*00[78].png",
-        ),
-    ):
-        warnings.simplefilter("ignore")
-        train(config, photographs, tmp_path / "other")
+    (images / "008.png").write_bytes(b"no image")
+    message = "2 of 120 images are unreadable, max_unreadable=0.01; the last one: .*00[78].png"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        train(
-            replace(config, max_broken=0.05), photographs, tmp_path / "other"
-        )  # what was refused goes on with a larger share
+        with pytest.raises(DataError, match=message):
+            train(config, images, tmp_path / "other")
+        train(replace(config, max_unreadable=0.05), images, tmp_path / "other")  # resumes
 
 
 def test_a_collapsed_scale_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.run_dir.CollapseWatch.__init__.__defaults__", (5,))
-    config = recipe(
-        "smoke",
-        steps=12,
-        checkpoint_every=12,
-        freeze="encoder",
-        start=str(constant_tokenizer(tmp_path / "constant")),
-        start_norm=None,
-    )
-    with pytest.warns(
-        CollapseWarning,
-        match=r"step 5: scale 1x1 has collapsed, its bits were the same for every picture for 5 steps",
-    ):
-        train(config, "bundled", tmp_path / "run")
-
-
-def constant_tokenizer(folder):
+    monkeypatch.setattr("bitvae.run_dir.CollapseWatch.__init__.__defaults__", (5,))  # patience
     tok = BitVAE(recipe("smoke").model)
     torch.nn.init.zeros_(tok.encoder.conv_out.weight)
-    return tok.save_pretrained(folder)
+    source = str(tok.save_pretrained(tmp_path / "constant"))
+    frozen = {"freeze": "encoder", "init_from": source, "init_latent_norm": None}
+    message = r"step 5: scale 1x1 has collapsed, its bits were the same for every image for 5 steps"
+    with pytest.warns(CollapseWarning, match=message):
+        train(recipe("smoke", steps=12, checkpoint_every=12, **frozen), "bundled", tmp_path / "run")
 
 
 # from one tokenizer to another
 
 
-def test_finetune_with_a_frozen_encoder_keeps_existing_bits_valid(tmp_path):
+def test_finetuning_with_a_frozen_encoder_keeps_existing_bits_valid(tmp_path):
     train(recipe("smoke", steps=5), "bundled", tmp_path / "first")
     x = load_image(bundled_photographs()[0], 64)
     first = BitVAE.from_pretrained(tmp_path / "first")
     bits = first.encode(x)
-    config = recipe(
-        "finetune",
-        start=str(tmp_path / "first"),
-        freeze="encoder",
-        perceptual="none",
-        size=32,
-        batch=2,
-        steps=5,
-        checkpoint_every=5,
-        lr=1e-3,
-    )
+    frozen = {"init_from": str(tmp_path / "first"), "freeze": "encoder", "perceptual": "none", "lr": 1e-3}
+    config = recipe("finetune", size=32, batch=2, steps=5, checkpoint_every=5, **frozen)
     train(config, "bundled", tmp_path / "tuned")
     tuned = BitVAE.from_pretrained(tmp_path / "tuned")
-    assert (
-        tuned.config == first.config
-        and tuned.encode(x) == bits
-        and not torch.equal(tuned.decode(bits), first.decode(bits))
-    )
+    assert tuned.config == first.config and tuned.encode(x) == bits
+    assert not torch.equal(tuned.decode(bits), first.decode(bits))
 
 
-def test_stage_two_starts_from_stage_one_with_its_critic(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.losses.PatchDiscriminator", partial(PatchDiscriminator, 16))
+def test_stage_two_starts_from_stage_one_with_its_discriminator(tmp_path, monkeypatch):
+    monkeypatch.setattr("bitvae.training.PatchDiscriminator", SMALL_DISCRIMINATOR)
     small = {
         "channels": 32,
         "multipliers": (1, 1, 1, 1, 1),
@@ -396,35 +339,31 @@ def test_stage_two_starts_from_stage_one_with_its_critic(tmp_path, monkeypatch):
         "perceptual": "none",
         "checkpoint_every": 2,
     }
-    train(
-        recipe("d16_stage1", size=32, batch=2, steps=3, discriminator_start=1, **small),
-        "bundled",
-        tmp_path / "one",
-    )
-    two = recipe(
-        "d16_stage2", start=str(tmp_path / "one"), size=(32, 64, 96), batch=(4, 2, 1), steps=9, **small
-    )
-    begun = []
+    one = recipe("d16_stage1", size=32, batch=2, steps=3, discriminator_start=1, **small)
+    train(one, "bundled", tmp_path / "one")
+    sizes = {"size": (32, 64, 96), "batch": (4, 2, 1)}
+    two = recipe("d16_stage2", init_from=str(tmp_path / "one"), steps=9, **sizes, **small)
+    discriminators, passes = [], []
 
-    def noting(plain):
-        return lambda *given: begun.append(plain(*given)) or begun[-1]
+    def record(function, results):
+        return lambda *arguments: results.append(function(*arguments)) or results[-1]
 
-    monkeypatch.setattr(CropPlan, "of_pass", noting(CropPlan.of_pass))
-    monkeypatch.setattr("bitvae.training.init_discriminator", noting(init_discriminator))
-    with pytest.raises(KeyboardInterrupt):
-        stop_after(4, lambda: train(two, "bundled", tmp_path / "two"))
-    critic = begun[0]
-    assert critic and set(critic) == set(PatchDiscriminator(16).state_dict())
-    first = [[size for _, size in keys] for keys in begun[1:6]]
-    begun.clear()
-    train(two, "bundled", tmp_path / "two")  # goes on without looking at stage one
-    rest = [[size for _, size in keys] for keys in begun]
-    begun.clear()
+    def sizes_of_passes():
+        recorded = [[size for _, size in keys] for keys in passes]
+        passes.clear()
+        return recorded
+
+    monkeypatch.setattr(CropPlan, "of_pass", record(CropPlan.of_pass, passes))
+    monkeypatch.setattr("bitvae.training.init_discriminator", record(init_discriminator, discriminators))
+    train_and_stop(4, two, "bundled", tmp_path / "two")
+    assert set(discriminators[0]) == set(SMALL_DISCRIMINATOR().state_dict())
+    first = sizes_of_passes()[:5]  # stops after the step in which the signal arrives
+    train(two, "bundled", tmp_path / "two")
+    assert len(discriminators) == 1  # a resumed run does not read stage one
+    rest = sizes_of_passes()
     train(two, "bundled", tmp_path / "again")
-    assert first + rest == [[size for _, size in keys] for keys in begun[1:]]
-    assert {tuple(sizes) for sizes in first + rest} <= {(32,) * 4, (64,) * 2, (96,)} and len(
-        {len(sizes) for sizes in first + rest}
-    ) > 1
-    assert (tmp_path / "two" / "tokenizer" / "model.safetensors").read_bytes() == (
-        tmp_path / "again" / "tokenizer" / "model.safetensors"
-    ).read_bytes()
+    assert first + rest == sizes_of_passes()
+    assert {tuple(s) for s in first + rest} <= {(32,) * 4, (64,) * 2, (96,)}
+    assert len({len(s) for s in first + rest}) > 1
+    results = [tmp_path / name / "tokenizer" / "model.safetensors" for name in ("two", "again")]
+    assert results[0].read_bytes() == results[1].read_bytes()

@@ -1,4 +1,4 @@
-"Data sets of bits: kills, several processes, the command line. BITVAE_TRIALS=2000 kills more."
+"Token data sets: killed and resumed, several processes, the command line. BITVAE_TRIALS=2000 kills more."
 
 import json
 import os
@@ -15,116 +15,110 @@ from children import Child, bitvae as run, command_line
 
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs, save_image
-
 from bitvae.token_dataset import index_shard, TokenDataset, verify_dataset
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20 if int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000 else 5
-FORMS = {"tar": [], "safetensors": ["--form", "safetensors", "--latents"]}
+MANY = int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000
+KILLS = {"tar": 20 if MANY else 5, "safetensors": 20 if MANY else 2}
+FORMATS = {"tar": [], "safetensors": ["--format", "safetensors", "--latents"]}
 OPTIONS = ["--size", "128", "--per-shard", "7", "--batch", "4"]
 
 
+def arguments(images, folder, *options):
+    return ["tokenize", "demo", "--images", images, "--folder", folder, *OPTIONS, *options]
+
+
+def tokenize(*args):
+    return run(*arguments(*args))
+
+
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    "A hundred small pictures in two classes."
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    "Write 108 small images in two classes."
+    folder = tmp_path_factory.mktemp("images")
     for n, file in enumerate(bundled_photographs()):
         x = load_image(file, 256)
         for i in range(12):
+            crop = x[..., 10 * i : 10 * i + 140, 5 * i : 5 * i + 150]
             (folder / f"class{n % 2}").mkdir(exist_ok=True)
-            save_image(
-                x[..., 10 * i : 10 * i + 140, 5 * i : 5 * i + 150], folder / f"class{n % 2}" / f"{n}-{i}.png"
-            )
+            save_image(crop, folder / f"class{n % 2}" / f"{n}-{i}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def wholes(pictures, tmp_path_factory):
-    "What runs that nobody disturbs make of them, by form."
-    folders = {form: tmp_path_factory.mktemp(form) for form in FORMS}
-    for form, folder in folders.items():
-        done = run("tokenize", "demo", "--images", pictures, "--folder", folder, *OPTIONS, *FORMS[form])
-        assert done.returncode == 0 and "108 pictures in 16 shards" in done.stdout, done.stderr
+def references(images, tmp_path_factory):
+    "Tokenize the images without interruption, in each format."
+    folders = {shard_format: tmp_path_factory.mktemp(shard_format) for shard_format in FORMATS}
+    for shard_format, folder in folders.items():
+        done = tokenize(images, folder, *FORMATS[shard_format])
+        assert done.returncode == 0 and "108 images in 16 shards" in done.stdout, done.stderr
     return folders
 
 
 @pytest.fixture(scope="module")
-def whole(wholes):
-    return wholes["tar"]
+def reference(references):
+    return references["tar"]
 
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if not p.name.startswith(".")}
 
 
-def shards(folder, form):
-    return sorted(Path(folder).glob(f"shard-*.{form}"))
+def shards(folder, shard_format):
+    return sorted(Path(folder).glob(f"shard-*.{shard_format}"))
 
 
-@pytest.mark.parametrize(("form", "kills"), [("tar", KILLS), ("safetensors", KILLS if KILLS > 5 else 2)])
-def test_killed_anywhere_nothing_is_lost_or_doubled(pictures, wholes, tmp_path, form, kills):
-    rng, arguments = (
-        random.Random(0),
-        ("tokenize", "demo", "--images", pictures, "--folder", tmp_path, *OPTIONS, *FORMS[form]),
-    )
+@pytest.mark.parametrize("shard_format", FORMATS)
+def test_killed_jobs_neither_lose_nor_repeat_images(images, references, tmp_path, shard_format):
+    rng = random.Random(0)
     killed = 0
-    while killed < kills:
-        there = len(shards(tmp_path, form))
-        child = Child(command_line, *map(str, arguments))
+    command = [str(word) for word in arguments(images, tmp_path, *FORMATS[shard_format])]
+    while killed < KILLS[shard_format]:
+        there = len(shards(tmp_path, shard_format))
+        child = Child(command_line, *command)
         while child.process.is_alive() and len(list(tmp_path.glob("*shard-*"))) <= 2 * there:
-            time.sleep(0.001)  # until it writes
+            time.sleep(0.001)  # until it writes a shard
         time.sleep(rng.random() * 0.15)
         killed += child.kill() == -signal.SIGKILL
         finished = (tmp_path / "manifest.json").exists()
         assert run("verify", tmp_path).returncode == (0 if finished else 1)
-        if finished:  # once more, from nothing
+        if finished:  # start over
             for file in tmp_path.iterdir():
                 file.unlink()
-    done = run(*arguments)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == contents(wholes[form])
-    keys = [key for shard in shards(tmp_path, form) for key in index_shard(shard)]
+    assert contents(tmp_path) == contents(references[shard_format])
+    keys = [key for shard in shards(tmp_path, shard_format) for key in index_shard(shard)]
     assert keys == [f"{i:09d}" for i in range(108)] and verify_dataset(tmp_path)["count"] == 108
-    print(f"{form}: killed {killed} times, {len(keys)} pictures, each once")
+    print(f"{shard_format}: killed {killed} times, {len(keys)} images, each once")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_several_processes(pictures, wholes, tmp_path, form):
-    done = run(
-        "tokenize",
-        "demo",
-        "--images",
-        pictures,
-        "--folder",
-        tmp_path,
-        *OPTIONS,
-        *FORMS[form],
-        "--processes",
-        "2",
-    )
+@pytest.mark.parametrize("shard_format", FORMATS)
+def test_several_processes(images, references, tmp_path, shard_format):
+    done = tokenize(images, tmp_path, *FORMATS[shard_format], "--processes", "2")
     assert done.returncode == 0, done.stderr
-    assert contents(tmp_path) == contents(wholes[form])
+    assert contents(tmp_path) == contents(references[shard_format])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_read_back(pictures, wholes, form):
-    data, tok = TokenDataset(wholes[form]), BitVAE.from_pretrained("demo")
-    files = sorted(pictures.rglob("*.png"))
+@pytest.mark.parametrize("shard_format", FORMATS)
+def test_read_back(images, references, shard_format):
+    data, tok = TokenDataset(references[shard_format]), BitVAE.from_pretrained("demo")
+    files = sorted(images.rglob("*.png"))
     for i in (0, 53, 107):
         x = load_image(files[i], 128)
         assert data[i].bits == tok.encode(x) and data[i].label == int(files[i].parent.name[-1])
-        if form == "safetensors":
+        if shard_format == "safetensors":
             torch.testing.assert_close(data[i].z.float(), tok.encode_latent(x), atol=1e-3, rtol=1e-2)
 
 
-def test_rows_are_read_without_this_package(pictures, wholes):
+def test_rows_are_read_without_this_package(images, references):
     code = f"""
 import json
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file
-file = {str(wholes["safetensors"] / "shard-000003.safetensors")!r}
+file = {str(references["safetensors"] / "shard-000003.safetensors")!r}
 with safe_open(file, "np") as f: text = f.metadata()
 tensors = load_file(file)
 count = sum(h * w for h, w in json.loads(text["schedule"])) * int(text["dim"])
@@ -135,53 +129,31 @@ print(json.dumps([text["tokenizer"], keys, sizes, labels, ones, tensors["latents
 """
     read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     tokenizer, keys, sizes, labels, ones, shape = json.loads(read.stdout)
-    tokens = list(TokenDataset(wholes["safetensors"]))[21:28]
-    assert (tokenizer, sizes, shape) == (
-        BitVAE.from_pretrained("demo").fingerprint,
-        [[140, 150]] * 7,
-        [7, 6, 16, 16],
-    )
-    assert (keys, labels, ones) == (
-        [t.key for t in tokens],
-        [t.label for t in tokens],
-        [sum(int(p.sum()) for p in t.bits) for t in tokens],
-    )
+    tokens = list(TokenDataset(references["safetensors"]))[21:28]
+    assert tokenizer == BitVAE.from_pretrained("demo").fingerprint
+    assert (sizes, shape) == ([[140, 150]] * 7, [7, 6, 16, 16])
+    assert keys == [t.key for t in tokens] and labels == [t.label for t in tokens]
+    assert ones == [sum(int(p.sum()) for p in t.bits) for t in tokens]
 
 
-def test_command_line(pictures, whole, tmp_path):
-    done = run("verify", whole)
-    assert done.returncode == 0 and "108 pictures in 16 shards, all whole" in done.stdout
-    assert run("count", whole).stdout == "108\n"
-    for arguments, message in (
-        (("tokenize", "demo", "--images", pictures, "--folder", whole, "--size", "64"), "other size"),
-        (
-            (
-                "tokenize",
-                "demo",
-                "--images",
-                pictures,
-                "--folder",
-                tmp_path / "x",
-                "--form",
-                "safetensors",
-                "--compress",
-            ),
-            "rows of one length",
-        ),
+def test_command_line(images, reference, tmp_path):
+    done = run("verify", reference)
+    assert done.returncode == 0 and "108 images in 16 shards, all complete" in done.stdout
+    assert run("count", reference).stdout == "108\n"
+    for command, message in (
+        (("tokenize", "demo", "--images", images, "--folder", reference, "--size", "64"), "other size"),
+        (arguments(images, tmp_path / "x", "--format", "safetensors", "--compress"), "rows of one length"),
         (("tokenize", "demo", "--images", tmp_path / "no", "--folder", tmp_path / "x"), "no such images"),
         (("verify", tmp_path), "not finished"),
     ):
-        failed = run(*arguments)
-        assert failed.returncode == 1 and message in failed.stderr and "Traceback" not in failed.stderr, (
-            failed.stderr
-        )
-    shard = whole / "shard-000003.tar"
+        failed = run(*command)
+        assert failed.returncode == 1 and message in failed.stderr, failed.stderr
+        assert "Traceback" not in failed.stderr
+    shard = reference / "shard-000003.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + b"!")
-    failed = run("verify", whole)
+    failed = run("verify", reference)
     assert failed.returncode == 1 and "shard-000003.tar is damaged" in failed.stderr
     shard.write_bytes(content)
-    assert (
-        json.loads((whole / "manifest.json").read_text())["tokenizer"]
-        == BitVAE.from_pretrained("demo").fingerprint
-    )
+    manifest = json.loads((reference / "manifest.json").read_text())
+    assert manifest["tokenizer"] == BitVAE.from_pretrained("demo").fingerprint

@@ -1,4 +1,4 @@
-"""`make demo`: train the recipe `quick` and evaluate it, and the tokenizer of the package, through papermill, into runs/demo."""
+"""`make demo`: train `quick` into runs/demo through papermill; evaluate it and the bundled tokenizer."""
 import argparse
 import json
 import sys
@@ -14,45 +14,60 @@ from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "nbs" / "experiments"
+FILES = """\
+both.png                               photographs and the reconstructions of the two tokenizers
+train.ipynb, evaluate.ipynb            the executed notebooks
+tokenizer                              config.json, model.safetensors
+metrics.json, progressive.png          metrics and images per scale; in package/ those of the bundled one"""
+
+
+def train(folder: Path, recipe: str, shown: Path) -> None:
+    "Train into the folder, unless it holds a finished run of the recipe."
+    if (folder / "tokenizer" / "config.json").exists():
+        trained = json.loads((folder / "run.json").read_text())["config"]["name"]
+        if trained != recipe:
+            sys.exit(f"{shown} holds a run of recipe {trained!r}, not {recipe!r}: choose another --folder")
+        print(f"{shown} holds a finished run: evaluating it. To train again: rm -r {shown}")
+        return
+    if (folder / "run.json").exists():
+        print(f"{shown} holds an unfinished run: resuming it. To start again: rm -r {shown}")
+    print(f"training {recipe} on the bundled photographs, a few minutes on two cores:")
+    run_notebook(NOTEBOOKS / "train.ipynb", folder / "train.ipynb", recipe=recipe, folder=str(folder))
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo")
-    arguments.add_argument("--recipe", default="quick")
-    args = arguments.parse_args()
-    folder, start = args.folder.resolve(), time.monotonic()
-    show = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("--recipe", default="quick")
+    args = parser.parse_args()
+    folder, started = args.folder.resolve(), time.monotonic()
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    train(folder, args.recipe, shown)
 
-    if (folder / "tokenizer" / "config.json").exists():
-        trained = json.loads((folder / "run.json").read_text())["config"]["name"]
-        if trained != args.recipe: sys.exit(f"{show} holds a run of recipe {trained!r}, not {args.recipe!r}: choose another --folder")
-        print(f"{show} holds a finished run: it is not trained again, only evaluated. To train anew: rm -r {show}")
-    else:
-        if (folder / "run.json").exists(): print(f"{show} holds an unfinished run: it goes on where it stopped. To begin anew: rm -r {show}")
-        print(f"training {args.recipe} on the bundled photographs, a few minutes on two cores:")
-        run_notebook(NOTEBOOKS / "train.ipynb", folder / "train.ipynb", recipe=args.recipe, folder=str(folder), resume=True)
-    images = [str(f) for f in held_out_photographs()[:4]]
-    made = {"just trained": (folder, str(folder / "tokenizer"), 128), "of the package": (folder / "package", "demo", 256)}
-    print("evaluating it, and the tokenizer of the package, on four photographs of scikit-image, which no training saw:")
-    for into, tokenizer, size in made.values():
-        run_notebook(NOTEBOOKS / "evaluate.ipynb", into / "evaluate.ipynb", tokenizer=tokenizer, images=images, folder=str(into), resolutions=[size])
-
-    rows = [torch.cat([load_image(f, 256) for f in images])]
-    for who, (into, tokenizer, size) in made.items():
-        results, tok = json.loads((into / "metrics.json").read_text()), BitVAE.from_pretrained(tokenizer)
-        rows.append(torch.cat([tok.decode(tok.encode(load_image(f, size))) for f in images]))
-        print(f"\nThe tokenizer {who}, on held-out {', '.join(Path(name).stem for name in results['images'])} at {size}x{size} pixels:\n\n{results_table(results)}")
-    show_images(rows, ["photograph"] * 4 + ["trained just now"] * 4 + ["of the package"] * 4, columns=4, width=2).savefig(folder / "both.png", dpi=100)
-
-    print(f"\nin {(time.monotonic() - start) / 60:.1f} minutes; in {show}:")
-    print("both.png                               photographs, and what comes back from the two tokenizers")
-    print("train.ipynb, evaluate.ipynb            the executed notebooks")
-    print("tokenizer                              config.json, model.safetensors")
-    print("metrics.json, progressive.png          numbers and pictures, scale by scale; in package/ those of the other one")
+    files = held_out_photographs()[:4]
+    rows = [torch.cat([load_image(file, 256) for file in files])]
+    tables = []
+    print("evaluating it and the bundled tokenizer on four held-out photographs of scikit-image:")
+    for title, run, tokenizer, size in (
+        ("trained now", folder, str(folder / "tokenizer"), 128),
+        ("bundled", folder / "package", "demo", 256),
+    ):
+        parameters = {"tokenizer": tokenizer, "images": list(map(str, files)), "resolutions": [size]}
+        run_notebook(NOTEBOOKS / "evaluate.ipynb", run / "evaluate.ipynb", folder=str(run), **parameters)
+        results, tok = json.loads((run / "metrics.json").read_text()), BitVAE.from_pretrained(tokenizer)
+        rows.append(torch.cat([tok.decode(tok.encode(load_image(file, size))) for file in files]))
+        names = ", ".join(Path(name).stem for name in results["images"])
+        tables.append(f"\nThe tokenizer {title}, on {names} at {size}x{size}:\n\n{results_table(results)}")
+    print(*tables, sep="\n")
+    titles = ["photograph"] * 4 + ["trained now"] * 4 + ["bundled"] * 4
+    show_images(rows, titles, columns=4, width=2).savefig(folder / "both.png", dpi=100)
+    print(f"\nin {(time.monotonic() - started) / 60:.1f} minutes; in {shown}:\n{FILES}")
 
 
 if __name__ == "__main__":
-    try: main()
-    except KeyboardInterrupt: sys.exit("\nstopped; the same command goes on from the last checkpoint")
-    except NotebookError as e: sys.exit(f"\n{e}")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; rerun the same command to resume from the last checkpoint")
+    except NotebookError as e:
+        sys.exit(f"\n{e}")
