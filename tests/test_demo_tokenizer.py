@@ -118,7 +118,7 @@ def test_retraining_reproduces_the_weights(tmp_path):
     assert "these weights are not those of the package" in result.stdout
     stages = [tmp_path / f"again{n}" for n in (1, 2)]
     for n, run in enumerate(stages, 1):
-        overrides = {"steps": 3} | ({"start": str(stages[0])} if n == 2 else {})
+        overrides = {"steps": 3} | ({"init_from": str(stages[0])} if n == 2 else {})
         line = train_arguments(f"demo_stage{n}", overrides, CARD / "photographs", run)
         for rank in [child.finish() for child in ranks(2, train_main, line, **launch_environment(2))]:
             assert rank.returncode == 0, rank.stderr[-2000:]

@@ -171,3 +171,19 @@ def test_halves_of_different_multipliers():
         tok = BitVAE(config).eval()
         x = torch.rand(1, 3, 2 * stride, stride) * 2 - 1
         assert tok.decode(tok.encode(x)).shape == x.shape
+
+
+def test_an_edited_block_stays_in_effect(monkeypatch):
+    "As when a reader edits `ResnetBlock.forward` in the notebook."
+    from bitvae.tiling import tiled_forward
+
+    def edited(self, x): return self.nin_shortcut(x) + 0.1 * self.conv2(self.conv1(x))
+
+    monkeypatch.setattr(ResnetBlock, "forward", edited)
+    plain = BitVAE(CONFIG).eval()
+    fast = optimize(copy.deepcopy(plain))
+    for (net, x), (same, _) in zip(halves(plain), halves(fast), strict=True):
+        with torch.no_grad():
+            close(same(x), net(x), rtol=1e-4)
+        with pytest.raises(TypeError, match="whose forward was changed"):
+            tiled_forward(same, x, 5)

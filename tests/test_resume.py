@@ -348,21 +348,21 @@ def test_stage_two_starts_from_stage_one_with_its_discriminator(tmp_path, monkey
     def record(function, results):
         return lambda *arguments: results.append(function(*arguments)) or results[-1]
 
-    def sizes_of_passes():
+    def sizes_micro_batches():
         recorded = [[size for _, size in keys] for keys in passes]
         passes.clear()
         return recorded
 
-    monkeypatch.setattr(CropPlan, "of_pass", record(CropPlan.of_pass, passes))
+    monkeypatch.setattr(CropPlan, "micro_batch", record(CropPlan.micro_batch, passes))
     monkeypatch.setattr("bitvae.training.init_discriminator", record(init_discriminator, discriminators))
     train_and_stop(4, two, "bundled", tmp_path / "two")
     assert set(discriminators[0]) == set(SMALL_DISCRIMINATOR().state_dict())
-    first = sizes_of_passes()[:5]  # stops after the step in which the signal arrives
+    first = sizes_micro_batches()[:5]  # stops after the step in which the signal arrives
     train(two, "bundled", tmp_path / "two")
     assert len(discriminators) == 1  # a resumed run does not read stage one
-    rest = sizes_of_passes()
+    rest = sizes_micro_batches()
     train(two, "bundled", tmp_path / "again")
-    assert first + rest == sizes_of_passes()
+    assert first + rest == sizes_micro_batches()
     assert {tuple(s) for s in first + rest} <= {(32,) * 4, (64,) * 2, (96,)}
     assert len({len(s) for s in first + rest}) > 1
     results = [tmp_path / name / "tokenizer" / "model.safetensors" for name in ("two", "again")]
