@@ -1,0 +1,157 @@
+"""Times as ratios, peak memory, machine and peers, for `nbs/experiments/benchmark.ipynb`."""
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitvae.bits import Bits
+from bitvae.schedules import scale_schedule
+from bitvae.tokenizer import BitVAEConfig
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int = 5,
+) -> dict[str, list[float]]:  # seconds of each round, by name
+    "Time functions interleaved, in a new random order each round, after one warm-up call of each."
+    def once(f: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for f in candidates.values():
+        once(f)
+    seconds, rng = {name: [] for name in candidates}, random.Random(0)
+    for _ in range(rounds):
+        for name in rng.sample(list(candidates), len(candidates)):
+            seconds[name].append(once(candidates[name]))
+    return seconds
+
+
+def ratio(times: Mapping[str, Sequence[float]], of: str, to: str) -> float:
+    "Return the median time of one candidate as a fraction of another's."
+    return float(np.median(times[of]) / np.median(times[to]))
+
+
+WATCH = """
+import json, threading, time, psutil, torch
+def resident(): return psutil.Process().memory_info().rss
+{imports}
+libraries = resident()
+{prepare}
+seen, done, cuda = [resident()], threading.Event(), torch.cuda.is_available()
+def watch():
+    while not done.wait(0.002):
+        seen.append(resident())
+threading.Thread(target=watch, daemon=True).start()
+before = torch.cuda.memory_allocated() if cuda else seen[0]
+start = time.perf_counter()
+{work}
+if cuda:
+    torch.cuda.synchronize()
+seconds = time.perf_counter() - start
+done.set()
+peak = torch.cuda.max_memory_allocated() if cuda else max(seen)
+print(json.dumps(dict(libraries=0 if cuda else libraries, before=before, peak=peak, seconds=seconds)))
+"""
+
+
+def peak_memory(
+    imports: str,  # Python statements
+    prepare: str,  # Python statements that make what is needed
+    work: str,     # Python statements whose peak is measured
+) -> dict[str, float]:  # libraries, before and peak in bytes, seconds
+    "Run Python in a process of its own and record its memory; raise `RuntimeError` if it fails."
+    # glibc then returns freed memory at once, so that resident memory is memory in use
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    code = WATCH.format(imports=imports, prepare=prepare, work=work)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    if run.returncode:
+        raise RuntimeError(f"the process failed with exit code {run.returncode}: {run.stderr[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, object]:
+    "Describe processor, GPU and package versions."
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo") as f:
+        names = (line.partition(":")[2].strip() for line in f if line.startswith("model name"))
+        processor = next(names, processor)
+    facts = {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    for name in ("torch", "torchvision", "numpy", "pillow", "diffusers", "vector-quantize-pytorch"):
+        with suppress(PackageNotFoundError):
+            facts[name] = version(name)
+    return facts
+
+
+def quantize_plainly(z: Tensor, mode: str) -> Bits:
+    "Quantize a latent (B, d, h, w) by the loop as the paper writes it."
+    schedule, residual, planes = scale_schedule(*z.shape[-2:], mode), z, []
+    for size in schedule:
+        v = F.normalize(F.interpolate(residual, size=size, mode="area"), dim=1)
+        planes.append(rearrange(v > 0, "B d h w -> B h w d"))
+        codes = torch.where(v > 0, 1.0, -1.0) / z.shape[1] ** 0.5
+        residual = residual - F.interpolate(v + (codes - v), size=z.shape[-2:], mode="bilinear")
+    return Bits(planes, schedule)
+
+
+def dequantize_plainly(bits: Bits) -> Tensor:
+    "Sum the upsampled codes of all scales."
+    codes = [torch.where(p, 1.0, -1.0) / bits.dim**0.5 for p in bits]
+    codes = [rearrange(q, "B h w d -> B d h w").contiguous() for q in codes]
+    return sum(F.interpolate(q, size=bits.latent_size, mode="bilinear") for q in codes)
+
+
+def peer(package: str, name: str) -> type:
+    "Import a class of a package that only the benchmark needs; raise `ImportError` with the remedy."
+    try:
+        return getattr(import_module(package), name)
+    except ImportError as e:
+        raise ImportError(f"the benchmark compares with {package}: pip install 'bitvae[bench]'") from e
+
+
+def diffusers_autoencoder(c: BitVAEConfig) -> nn.Module:
+    "Return `AutoencoderKL` of `diffusers` with a tokenizer's channels, without attention."
+    n = len(c.encoder_multipliers)
+    return peer("diffusers", "AutoencoderKL")(
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=tuple(c.channels * m for m in c.encoder_multipliers),
+        layers_per_block=c.res_blocks,
+        latent_channels=c.dim,
+        norm_num_groups=32,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
+
+
+def residual_lfq(d: int, h: int, w: int) -> nn.Module:
+    "Return the residual LFQ of `vector-quantize-pytorch`, with at most the bits of schedule `dynamic`."
+    levels = sum(a * b for a, b in scale_schedule(h, w)) // (h * w)
+    quantizer = peer("vector_quantize_pytorch", "GroupedResidualLFQ")
+    return quantizer(dim=d, groups=d // 8, num_quantizers=levels, codebook_size=256, spherical=True).eval()
