@@ -330,5 +330,5 @@ def run_command(args: argparse.Namespace) -> None:
     print(f"executed: {run_notebook(args.notebook, args.output, **dict(args.set))}")
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     sys.exit(main())

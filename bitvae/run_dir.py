@@ -10,6 +10,7 @@ __all__ = ['read_metrics', 'reopen_metrics', 'MetricsLog', 'init_wandb', 'git_co
            'validation_loss', 'prune_checkpoints', 'serialize_state', 'deserialize_state']
 
 # %% ../nbs/11_run_dir.ipynb #ae968f6f
+import copy
 import hashlib
 import io
 import json
@@ -31,7 +32,7 @@ from .bits import Bits
 from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
 from .images import atomic_write, to_uint8
-from .quantizer import binary_entropy, latent_from_bits, MultiScaleBSQ
+from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, config_to_dict, MUTABLE_FIELDS, TrainConfig
 from .tokenizer import BitVAE
 
@@ -265,7 +266,9 @@ def decode_progression(
     x: Tensor,  # images (B, 3, H, W) in [-1, 1], sides divisible by the stride
 ) -> tuple[list[Tensor], Bits]:  # a reconstruction (B, 3, H, W) per prefix, not clamped; all bits
     "Decode all prefixes of the scales, independent of the schedule used in training."
-    bits = MultiScaleBSQ(tok.config.dim, tok.config.mode).eval()(tok.encoder(x)).bits
+    quantizer = copy.copy(tok.quantizer)  # with the schedule of evaluation
+    quantizer.mode = tok.config.mode
+    bits = quantizer.encode(tok.encoder(x))
     return [tok.decoder(latent_from_bits(bits[:k])) for k in range(1, len(bits) + 1)], bits
 
 

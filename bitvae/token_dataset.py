@@ -43,7 +43,8 @@ from tqdm import tqdm
 from .bits import Bits, BitsError
 from .bitstream import unpack_planes
 from .checkpoints import CODER_FILE
-from .data import DataError, IMAGE_SUFFIXES, fingerprint, image_labels, Images, open_source, Shards, Source
+from .data import IMAGE_SUFFIXES, DataError, Images, Shards, Source
+from .data import fingerprint, image_labels, open_source
 from .entropy_coding import coder_for, load_coder, save_coder
 from .images import atomic_write, center_crop, ImageBytes, open_image, to_tensor
 from .kernels import optimize, retain_malloc_heap
@@ -583,5 +584,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     sys.exit(main())

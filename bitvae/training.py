@@ -40,7 +40,6 @@ from .kernels import checkpoint_activations, optimize
 from .launch import EXPECTED_ERRORS, RESUME_HINT, Interrupted, StopSignals, gather_objects, reduce_mean
 from .losses import Distance, PatchDiscriminator
 from .losses import discriminator_loss, generator_loss, perceptual_distance
-from .quantizer import MultiScaleBSQ
 from .recipes import RECIPES, TrainConfig, estimate_cost, lr_multiplier, parse_setting, recipe
 from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, decode_progression
 from .run_dir import describe_run, deserialize_state, has_run, newest_checkpoint, open_run_dir
@@ -106,7 +105,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) ->
 # %% ../nbs/10_training.ipynb #abb22fd8
 def prepare_model(tok: BitVAE, config: TrainConfig, device: torch.device) -> BitVAE:
     "Move, optimize, freeze, checkpoint and compile the tokenizer as the recipe says."
-    tok.quantizer = MultiScaleBSQ(config.model.dim, config.train_mode, config.drop_rate)
+    tok.quantizer.mode = config.train_mode  # the quantizer itself stays, with its loss weights
+    tok.quantizer.drop_rate = config.drop_rate
     optimize(tok.to(device))
     if config.freeze != "none":
         getattr(tok, config.freeze).requires_grad_(False)
@@ -304,7 +304,7 @@ def validate(t: Trainer, x: Tensor, folder: Path, log: MetricsLog) -> dict[str, 
     grid = sample_grid(x[:4], [y[:4] for y in images])
     (folder / "samples").mkdir(exist_ok=True)
     save_image(grid, folder / "samples" / f"step-{t.step:08}.png")
-    log.picture(t.step, grid)
+    log.image(t.step, grid)
     return {"validation": loss.item(), "validation_entropy": summarize_bits(bits)["entropy"]}
 
 # %% ../nbs/10_training.ipynb #33565a49
