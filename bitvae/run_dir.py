@@ -42,7 +42,7 @@ def read_metrics(file: Path) -> list[dict]:
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
-
+# %% ../nbs/11_run_dir.ipynb #9ae72db7
 def reopen_metrics(file: Path, step: int):  # text file
     "Drop the lines from a step on and open the file for appending."
     kept = [line for line in read_metrics(file) if line["step"] < step]
@@ -136,7 +136,7 @@ def has_run(run_dir: Path) -> bool:
     files = [run_dir / "checkpoints", run_dir / "tokenizer"]
     return any(file.exists() for file in files) or (log.exists() and log.stat().st_size > 0)
 
-
+# %% ../nbs/11_run_dir.ipynb #d8fd83b5
 def read_run(run_dir: Path) -> tuple[TrainConfig, dict]:
     "Return the recipe and the content of run.json; raise `RunExistsError` if it cannot be read."
     file = run_dir / "run.json"
@@ -271,7 +271,7 @@ def decode_progression(
     bits = quantizer.encode(tok.encoder(x))
     return [tok.decoder(latent_from_bits(bits[:k])) for k in range(1, len(bits) + 1)], bits
 
-
+# %% ../nbs/11_run_dir.ipynb #6c6da405
 def sample_grid(x: Tensor, images: Sequence[Tensor]) -> Tensor:  # (3, B (H + 2) + 2, (K + 1) (W + 2) + 2)
     "Arrange originals (B, 3, H, W) and K reconstructions, one row per image: original, one scale, ..., all."
     from torchvision.utils import make_grid
@@ -286,7 +286,7 @@ def write_synced(file: Path, content: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
 
-
+# %% ../nbs/11_run_dir.ipynb #c3c67c81
 def remove_checkpoint(path: Path) -> None:
     "Rename a checkpoint, then delete it; `open_run_dir` removes the rest if this is interrupted."
     shutil.rmtree(path.rename(path.with_name(f".{os.getpid()}.old.{path.name}")), ignore_errors=True)
@@ -328,7 +328,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     "Return all checkpoints of a run, oldest first, intact or damaged."
     return sorted(folder.glob("step-*"))
 
-
+# %% ../nbs/11_run_dir.ipynb #aae28d58
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     "Read the newest intact checkpoint, if any; warn of damaged ones, raise `CheckpointError` if all are."
     damaged = []
@@ -351,7 +351,7 @@ def validation_loss(path: Path) -> float:
     except (OSError, ValueError, KeyError, TypeError):
         return float("inf")
 
-
+# %% ../nbs/11_run_dir.ipynb #8e81e59d
 def prune_checkpoints(folder: Path, keep: int) -> None:
     "Remove all checkpoints but the newest `keep` and the best."
     paths = list_checkpoints(folder)

@@ -66,14 +66,14 @@ def test_palette_and_orientation(tmp_path):
 @pytest.mark.slow
 def test_a_truncated_image_stops_training_with_its_name(tmp_path, length, workers):
     (tmp_path / "cut.jpg").write_bytes(bundled_photographs()[0].read_bytes()[:length])
-    with pytest.raises(DataError, match="^no image can be used, the last one: .*cut.jpg"):
+    with pytest.raises(DataError, match="^no picture can be used, the last one: .*cut.jpg"):
         train(recipe("smoke", init_latent_norm=None), tmp_path, tmp_path / "run", workers=workers)
 
 
 @pytest.mark.slow
 def test_an_image_smaller_than_the_crop(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "tiny.png")
-    with pytest.raises(DataError, match="tiny.png: an image of 40x20 is smaller than the crop of 32x32"):
+    with pytest.raises(DataError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"):
         train(recipe("smoke"), tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(recipe("smoke", upscale=True), tmp_path, tmp_path / "other")
@@ -124,7 +124,8 @@ def test_published_layouts(tmp_path, weights, bits, layout):
     else:
         torch.save(w, file)
     tok = BitVAE.from_pretrained(file)
-    assert tok.config == BitVAEConfig(16, 32, (1, 1, 1, 1, 2), (1, 1, 1, 1, 2), 1, 16, "dynamic")
+    sizes = {"dim": 16, "channels": 32, "multipliers": (1, 1, 1, 1, 2), "res_blocks": 1, "stride": 16}
+    assert tok.config == BitVAEConfig(**sizes, mode="dynamic")
     assert tok.encode(load_image(bundled_photographs()[0], 64)) == bits
 
 
@@ -306,6 +307,7 @@ def test_image_lists_name_the_line(tmp_path):
 @pytest.mark.slow
 def test_train_and_evaluate_through_papermill(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+
     def notebook(name, output, **parameters):
         pairs = [a for k, v in parameters.items() for a in ("--set", f"{k}={v}")]
         return bitvae("run", f"nbs/experiments/{name}.ipynb", tmp_path / f"{output}.ipynb", *pairs)
