@@ -49,7 +49,7 @@ class Downsample(nn.Conv2d):
     def __init__(self, channels: int): super().__init__(channels, channels, 3, stride=2)
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.pad(x, (0, 1, 0, 1)))
 
-
+# %% ../nbs/04_autoencoder.ipynb #6cfcc4fe
 class Upsample(nn.Conv2d):
     "Double the sides: nearest-neighbour upsampling, then a 3x3 convolution."
 
@@ -82,7 +82,7 @@ class Mid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.block_2(self.block_1(x))
 
-
+# %% ../nbs/04_autoencoder.ipynb #11066a01
 class Up(nn.Module):
     "The decoder's residual blocks at one resolution, then `Upsample` if `upsample`."
 

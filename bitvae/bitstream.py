@@ -50,7 +50,7 @@ def encode_varints(*values: int) -> bytes:
     shifts = ((v, s) for v in values for s in range(0, v.bit_length() or 1, 7))
     return bytes(v >> s & 127 | (v >> s + 7 > 0) << 7 for v, s in shifts)
 
-
+# %% ../nbs/18_bitstream.ipynb #f8baf226
 class ByteReader(io.BytesIO):
     "Read a header field by field; raise `BitsError` at the end of the data."
 
@@ -277,7 +277,7 @@ def save(self: Bits, file: str | os.PathLike, compress: bool = False) -> Path:
         part.write_bytes(self.to_bytes(compress))
     return Path(file)
 
-
+# %% ../nbs/18_bitstream.ipynb #2be2a570
 @staticmethod
 def load(file: str | os.PathLike) -> Bits:
     "Read a bits file; raise `FileNotFoundError` or `BitsError` with the file's name."
@@ -296,7 +296,7 @@ def rows_for(size: Size) -> int | None:
     "Return the rows per tile for an image of (H, W) pixels; None: no tiling."
     return TILING_ROWS if math.prod(size) >= TILING_PIXELS else None
 
-
+# %% ../nbs/18_bitstream.ipynb #f076a182
 def encode_file(
     tok: BitVAE,
     image: str | os.PathLike,  # any file that Pillow reads
@@ -358,7 +358,7 @@ def encode_crops(tok: BitVAE, images: Source, count: int, sizes: Sequence[int], 
         crops = [random_crop(files[rng.integers(len(files))], size, rng, rule) for _ in range(8)]
         yield [plane.numpy() for plane in tok.encode(torch.stack(crops))]
 
-
+# %% ../nbs/18_bitstream.ipynb #1ab25d95
 def fit_coder(
     tok: BitVAE,
     images: Source = "bundled",  # see `image_files`; not the evaluation set

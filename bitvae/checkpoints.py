@@ -50,7 +50,7 @@ def published_names(model: nn.Module) -> dict[str, str]:
 class CheckpointError(ValueError):
     "Weights that cannot be used; the message names the file and the reason."
 
-
+# %% ../nbs/06_checkpoints.ipynb #df46c084
 def read_weights(file: str | os.PathLike) -> Mapping:
     "Read a checkpoint without executing code from it; raise `FileNotFoundError` or `CheckpointError`."
     if not Path(file).is_file():
@@ -104,7 +104,7 @@ def summarize_names(names: list[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "nothing") + more
 
-
+# %% ../nbs/06_checkpoints.ipynb #e5c6b884
 def build_tokenizer(cls: type[BitVAE], config: BitVAEConfig, weights: Mapping, source: Path) -> BitVAE:
     "Create a tokenizer; raise `CheckpointError`, naming the weights' source, if names or shapes differ."
     with torch.device("meta"):
@@ -127,12 +127,12 @@ def bundled_dir() -> Path:
     "Return the folder of the bundled tokenizer."
     return Path(str(files("bitvae"))) / "assets" / "demo"
 
-
+# %% ../nbs/06_checkpoints.ipynb #dd627248
 def weights_dir() -> Path:
     "Return the folder for manually downloaded files: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
     return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
 
-
+# %% ../nbs/06_checkpoints.ipynb #28886122
 def fetch_released(name: str, download: Callable | None = None) -> Path:
     "Find a released file in `weights_dir` or on the Hub; raise `ConnectionError` if neither has it."
     local = weights_dir() / f"{name}.pth"

@@ -46,7 +46,7 @@ def argument(*names: str, **options) -> Callable[[argparse.ArgumentParser], obje
     "Return a function that adds an argument to a parser."
     return methodcaller("add_argument", *names, **options)
 
-
+# %% ../nbs/30_cli.ipynb #14c8dc69
 def command(*arguments: Callable[[argparse.ArgumentParser], object]) -> Callable:
     "Register a function NAME_command as the command NAME; its docstring is the help text."
     def register(function: Callable[[argparse.Namespace], None]) -> Callable:
@@ -72,7 +72,7 @@ def describe_tokenizer(tok: BitVAE) -> str:
         lines.append(f"{size}x{size}: {len(schedule)} scales, {bits:,} bits, {rate}")
     return "\n".join(lines)
 
-
+# %% ../nbs/30_cli.ipynb #131b9604
 @command(argument("what", help="a folder, a checkpoint, a name such as demo, or a .bits file"))
 def info_command(args: argparse.Namespace) -> None:
     "Describe a tokenizer or a bits file."
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 class NotebookError(RuntimeError):
     "A cell of a notebook failed; the executed copy holds its traceback."
 
-
+# %% ../nbs/30_cli.ipynb #efc16938
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run one command, by default that of the command line, and return the exit code."
     args = build_parser().parse_args(arguments)
@@ -225,7 +225,7 @@ def verify_command(args: argparse.Namespace) -> None:
     counts = f"{manifest['count']:,} images in {len(manifest['shards'])} shards"
     print(f"{counts}, all complete, by tokenizer {manifest['tokenizer']}{failed}")
 
-
+# %% ../nbs/30_cli.ipynb #64e7dc13
 @command(argument("folder", help="of shards"))
 def count_command(args: argparse.Namespace) -> None:
     "Print the number of images of a token data set."

@@ -44,7 +44,7 @@ def sigmoid_table() -> np.ndarray:
         values = [ONE / (1 + (-Decimal(2 * i + 1) / (2 * TABLE_STEPS)).exp()) for i in steps]
         return np.array([int(v.to_integral_value()) for v in values], np.float64)
 
-
+# %% ../nbs/17_entropy_coding.ipynb #7efc0c07
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     "Look up the probability of a one for each logit, both in fixed point."
     entry = np.floor(logits * (TABLE_STEPS / ONE)) + MAX_LOGIT * TABLE_STEPS
@@ -56,7 +56,7 @@ def resize_nearest(plane: np.ndarray, h: int, w: int) -> np.ndarray:
     H, W = plane.shape[1:3]
     return plane[:, (2 * np.arange(h) + 1) * H // (2 * h)][:, :, (2 * np.arange(w) + 1) * W // (2 * w)]
 
-
+# %% ../nbs/17_entropy_coding.ipynb #55ecd835
 def neighbours(plane: np.ndarray) -> np.ndarray:
     "Return the values above, below, left and right of each token, (B, h, w, 4, d), 0 beyond the border."
     h, w = plane.shape[1:3]
@@ -105,7 +105,7 @@ class Coder:
     dim = property(lambda self: self.weights.shape[2], doc="Bits per token, d.")
     id = property(lambda self: zlib.crc32(self.weights.astype("<i4").tobytes()), doc="CRC-32 of the weights.")
 
-
+# %% ../nbs/17_entropy_coding.ipynb #24d8c859
 def adaptive_coder(dim: int) -> Coder:
     "Return a coder that starts without knowledge and learns while coding."
     return Coder(np.zeros((1, 2, dim, 9 * dim + 5)), adaptive=True)
@@ -246,7 +246,7 @@ def save_coder(coder: Coder, file: str | os.PathLike) -> Path:
         part.write_bytes(save({"weights": weights}, {"tokenizer": coder.tokenizer}))
     return Path(file)
 
-
+# %% ../nbs/17_entropy_coding.ipynb #e6ce6f61
 def load_coder(file: str | os.PathLike) -> Coder:
     "Read a coder and register it in `LOADED_CODERS`; raise `ValueError` for other files."
     try:
@@ -267,14 +267,14 @@ def bundled_coder() -> Coder:
     "Load the coder of the bundled tokenizer."
     return load_coder(Path(str(files("bitvae"))) / "assets" / "demo" / "coder.safetensors")
 
-
+# %% ../nbs/17_entropy_coding.ipynb #08a0ed1b
 def coder_for(tokenizer: str | None, dim: int) -> Coder:
     "Return the newest coder fitted to a tokenizer, or the adaptive coder."
     bundled_coder()
     fitted = [c for c in LOADED_CODERS.values() if c.tokenizer == tokenizer and c.dim == dim]
     return fitted[-1] if fitted else adaptive_coder(dim)
 
-
+# %% ../nbs/17_entropy_coding.ipynb #bf1f28db
 def coder_by_id(id: int, dim: int) -> Coder:
     "Return the coder with an id, 0 for the adaptive one; raise `LookupError` for an unknown one."
     bundled_coder()

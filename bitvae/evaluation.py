@@ -174,12 +174,12 @@ def feature_views(job: EvalJob, p: Protocol) -> dict[str, FeatureView]:
     views = {m: (names[m], p.clamp, p.rounding) for m in SET_METRICS if m in job.metrics}
     return {m: view if job.nets[view[0]].takes_bytes else (*view[:2], "") for m, view in views.items()}
 
-
+# %% ../nbs/14_evaluation.ipynb #5f8a52b3
 def reference_view(view: FeatureView) -> FeatureView:
     "Return the view of the originals."
     return view[0], True, view[2]
 
-
+# %% ../nbs/14_evaluation.ipynb #2b50d2b1
 def all_views(job: EvalJob) -> dict[FeatureView, Protocol]:
     "Return every view of the reconstructions, each with one of its protocols."
     return {view: p for p in job.protocols for view in feature_views(job, p).values()}
@@ -270,7 +270,7 @@ def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[list[int
     except (ValueError, OSError) as e:
         return indices, e
 
-
+# %% ../nbs/14_evaluation.ipynb #52beffc0
 def read_batches(job: EvalJob, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
     "Read and crop these images in batches; raise `FileNotFoundError` or `ImageError`."
     collate = partial(crop_batch, files=job.files, p=job.protocols[0])
@@ -558,7 +558,7 @@ def final_row(rows: Mapping[str, dict]) -> dict:
     "Return the row with all scales."
     return [row for row in rows.values() if "scales" in row][-1]
 
-
+# %% ../nbs/14_evaluation.ipynb #7f8ada10
 def metric_names(rows: Mapping[str, dict]) -> list[str]:
     "Return the metrics of some rows, in order."
     other = ("bits_per_pixel", "kid_std", "kid_std_efficientnet")
@@ -647,7 +647,7 @@ def evaluate_from_args(args: argparse.Namespace) -> dict:
         save_results(results, Path(args.folder) / "metrics.json")
     return results
 
-
+# %% ../nbs/14_evaluation.ipynb #bee223f8
 def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     "Evaluate as the command line says, alone or as one process of torchrun."
     parser = argparse.ArgumentParser("bitvae.evaluation", description="Evaluate a tokenizer.")
@@ -672,7 +672,7 @@ def protocol_entries(named: Mapping[str, dict]) -> dict[str, tuple[dict, dict]]:
     return {f"{name}, {label}": (entry, results)
             for name, results in named.items() for label, entry in results["protocols"].items()}
 
-
+# %% ../nbs/14_evaluation.ipynb #ed83ff2b
 def protocol_fields(named: Mapping[str, dict]) -> dict[str, list[str]]:
     "Return what comparable results share, for every entry: the protocol's fields, images and sample."
     entries = protocol_entries(named).values()

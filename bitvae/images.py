@@ -78,7 +78,7 @@ def show_images(
 class ImageError(ValueError):
     "Unusable image; the message names the file, the problem and the remedy."
 
-
+# %% ../nbs/00_images.ipynb #a13477ad
 class ImageBytes(NamedTuple):
     "Encoded image (JPEG, PNG, ...) in memory, with a name for error messages."
     name: str

@@ -56,7 +56,7 @@ class CheckpointedResnetBlock(ResnetBlock):
             return super().forward(x)
         return checkpoint(super().forward, x, use_reentrant=False)
 
-
+# %% ../nbs/91_kernels.ipynb #be6da5c9
 def checkpoint_activations(model: nn.Module) -> None:
     "Checkpoint every residual block of a model, in place, before or after `optimize`."
     for module in model.modules():
@@ -91,7 +91,7 @@ def optimize(
         print(f"optimized for {device}: " + ", ".join(f"{name} x {n}" for name, n in done.items()))
     return model
 
-
+# %% ../nbs/91_kernels.ipynb #1d6ae068
 def unoptimize(model: nn.Module) -> nn.Module:
     "Undo `optimize` and `checkpoint_activations`, in place."
     for module in model.modules():

@@ -60,7 +60,7 @@ RESUME_HINT = "rerun the same command to resume"
 class Interrupted(KeyboardInterrupt):
     "The run was stopped by a signal; the message says what is kept and how to resume."
 
-
+# %% ../nbs/12_launch.ipynb #428a7a68
 class ProcessesFailed(RuntimeError):
     "A rank failed; the message says why, or which one."
 

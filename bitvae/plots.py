@@ -38,7 +38,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     plt.close(fig)
     return fig, axes
 
-
+# %% ../nbs/20_plots.ipynb #82a372bf
 def draw_image(ax, image, title: str, **options) -> None:
     "Draw an RGB image, or a gray one in [0, 255], with a title and a frame."
     ax.imshow(image, cmap="gray", vmin=0, vmax=255, **options)
@@ -139,7 +139,7 @@ def residual_energy(
     sums = [torch.zeros_like(z), *prefix_latents(bits.to(z.device))]
     return [(z - q).square().sum(1).mean().item() for q in sums]
 
-
+# %% ../nbs/20_plots.ipynb #ddc0f7c6
 def plot_energy(ax, energy: Sequence[float], scale: int) -> None:
     "Plot the values of `residual_energy`, the one after a scale (index, from 0) dark."
     bars = ax.bar(range(len(energy)), energy, color="0.75")
@@ -152,7 +152,7 @@ def bit_stats_of(bits: Bits) -> list[dict]:
     count_bits(stats := [], bits)
     return [describe_bit_stats(s) for s in stats]
 
-
+# %% ../nbs/20_plots.ipynb #c859d9f1
 def plot_channels(ax, stats: dict) -> None:
     "Plot each channel's fraction of ones and entropy, for one scale of `bit_stats_of`."
     channels = range(len(stats["entropy"]))
@@ -192,7 +192,7 @@ class Sensitivity:
     tried: int                             # flips so far
     total: int                             # flips planned
 
-
+# %% ../nbs/20_plots.ipynb #f71e69e9
 def sample_flips(bits: Bits, samples: int, seed: int) -> list[FlipBit]:
     "Draw positions without replacement, up to `samples` for each scale and channel, coarse to fine."
     rng = np.random.default_rng(seed)
@@ -332,7 +332,7 @@ def best_and_worst(values: Sequence[float], count: int, higher: bool) -> list[in
     order = torch.tensor(values).argsort(descending=higher).tolist()
     return order if len(order) <= 2 * count else order[:count] + order[-count:]
 
-
+# %% ../nbs/20_plots.ipynb #29e2ea61
 def plot_extremes(
     tok: BitVAE,
     files: Images,             # the evaluated images

@@ -44,13 +44,13 @@ def area_resize(r: Tensor, size: Size) -> Tensor:
     "Average the residual (B, d, h, w) over areas to (B, d, h_k, w_k); identity at equal size."
     return r if r.shape[-2:] == size else F.adaptive_avg_pool2d(r, size)
 
-
+# %% ../nbs/03_quantizer.ipynb #129c0da7
 def upsample(q: Tensor, size: Size) -> Tensor:
     "Upsample codes (B, d, h_k, w_k) bilinearly to (B, d, h, w), in channels_last."
     q = q.contiguous(memory_format=torch.channels_last)
     return q if q.shape[-2:] == size else F.interpolate(q, size=size, mode="bilinear", align_corners=False)
 
-
+# %% ../nbs/03_quantizer.ipynb #e5b67f1f
 def upsample_codes(token_map: Tensor, size: Size) -> Tensor:
     "Upsample the codes of a token map, bool (B, h_k, w_k, d), to (B, d, h, w), float32."
     return upsample(bits_to_codes(token_map.permute(0, 3, 1, 2)), size)
@@ -90,7 +90,7 @@ def latent_from_bits(
     codes = (upsample_codes(token_map, bits.latent_size) for token_map in bits)
     return reduce(Tensor.add_, codes).contiguous()
 
-
+# %% ../nbs/03_quantizer.ipynb #9e9eb568
 def prefix_latents(bits: Bits) -> list[Tensor]:  # K quantized latents (B, d, h, w), float32
     "Return `latent_from_bits` of the first scale, the first two, ..., all."
     codes = (upsample_codes(token_map, bits.latent_size) for token_map in bits)
@@ -121,7 +121,7 @@ class ScaleLoss(NamedTuple):
     sample_entropy: Tensor  # nats per token, low when bits are confident
     batch_entropy: Tensor   # nats, high when every channel uses both values
 
-
+# %% ../nbs/03_quantizer.ipynb #1a457122
 def scale_loss(
     v: Tensor,  # unit vectors (B, d, h_k, w_k)
     commitment_weight: float = 0.25,
@@ -213,7 +213,7 @@ def forward(
             losses.append(scale_loss(v, *weights).loss if self.training else v.new_zeros(()))
     return Quantized(z_q.contiguous(), Bits(token_maps, kept, tuple(z.shape[-2:])), torch.stack(losses))
 
-
+# %% ../nbs/03_quantizer.ipynb #472adb87
 @torch.no_grad()
 def encode(self: MultiScaleBSQ, z: Tensor, edit: BitEdit | None = None) -> Bits:
     "Return the bits of all scales of a latent (B, d, h, w), in training and eval mode alike."

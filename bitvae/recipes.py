@@ -210,9 +210,11 @@ RENAMED_FIELDS = {  # old: new
 }  # fmt: skip
 
 
-def config_to_dict(config: TrainConfig) -> dict: return asdict(config)
+def config_to_dict(config: TrainConfig) -> dict:
+    "Return a recipe as plain values, for JSON."
+    return asdict(config)
 
-
+# %% ../nbs/09_recipes.ipynb #56aa8c65
 def config_from_run(values: Mapping) -> TrainConfig:
     "Return the recipe that a run stored as JSON; raise `ValueError` for unknown keys."
     values = {RENAMED_FIELDS.get(key, key): value for key, value in values.items()}

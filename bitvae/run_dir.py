@@ -129,7 +129,7 @@ def resume_key(record: Mapping) -> dict:
 class RunExistsError(FileExistsError):
     "The output folder already holds another run, or one that was not meant to be resumed."
 
-
+# %% ../nbs/11_run_dir.ipynb #02ad7f56
 def has_run(run_dir: Path) -> bool:
     "Return whether a run in this folder took a step."
     log = run_dir / "metrics.jsonl"
@@ -217,9 +217,11 @@ class UnreadableImages:
             raise DataError(f"{count}, max_unreadable={self.max_fraction:g}; {last}")
 
 # %% ../nbs/11_run_dir.ipynb #d18f64f1
-def scale_name(m: Tensor) -> str: return "x".join(map(str, m.shape[1:3]))  # of a token map, such as 4x6
+def scale_name(m: Tensor) -> str:
+    "Return the size of a token map (B, h_k, w_k, d) as text, such as 4x6."
+    return "x".join(map(str, m.shape[1:3]))
 
-
+# %% ../nbs/11_run_dir.ipynb #d2dee9a5
 @torch.no_grad()
 def summarize_bits(bits: Bits) -> dict[str, dict[str, float]]:
     "Return the fraction of ones and the mean entropy of the bit planes, in bits, for every scale."
@@ -233,7 +235,7 @@ def summarize_bits(bits: Bits) -> dict[str, dict[str, float]]:
 class CollapseWarning(UserWarning):
     "A scale gave the same bits for every image for many steps."
 
-
+# %% ../nbs/11_run_dir.ipynb #2e27a050
 class CollapseWatch:
     "Detect scales whose bits depend neither on the image nor on the step."
 
@@ -367,7 +369,7 @@ def serialize_state(state: Mapping) -> bytes:
     torch.save(state, buffer)
     return buffer.getvalue()
 
-
+# %% ../nbs/11_run_dir.ipynb #c6396ead
 def deserialize_state(content: bytes) -> dict:
     "Load the output of `serialize_state` on the CPU; raise an error for other objects."
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

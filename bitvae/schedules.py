@@ -72,7 +72,7 @@ def size_ratio(a: int, b: int) -> Fraction:
     "Return the ratio of the larger to the smaller of two integers, exactly."
     return max(Fraction(a, b), Fraction(b, a))
 
-
+# %% ../nbs/01_schedules.ipynb #3cb73ee3
 def nearest_schedule(candidates: list[Schedule], h: int, w: int) -> Schedule:
     "Stretch the schedule nearest in area to (h, w); those that keep all their scales come first."
     def rank(schedule):

@@ -31,7 +31,7 @@ class TeacherForcing(NamedTuple):
     targets: tuple[Tensor, ...]  # scales 1, ..., K: bool (B, h_k w_k, d); with patch 2 (B, h_k w_k / 4, 4 d)
     inputs: tuple[Tensor, ...]   # scales 2, ..., K: float32, the same shapes
 
-
+# %% ../nbs/16_teacher_forcing.ipynb #3baa39a9
 def teacher_forcing(
     bits: Bits,
     edit: BitEdit | None = None,  # edits the bits of the inputs, such as `RandomFlips`; targets correct it

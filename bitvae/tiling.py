@@ -25,12 +25,12 @@ class LazyFeatureMap(NamedTuple):
     tensor: Tensor | None = None        # the whole feature map, where it is in memory
     reach: int = 0                      # rows of the last stored feature map beyond a row's own
 
-
+# %% ../nbs/90_tiling.ipynb #e32a77a5
 def from_tensor(x: Tensor) -> LazyFeatureMap:
     "Return a tensor (B, C, h, w) as a feature map; its rows are views."
     return LazyFeatureMap(x.shape[2], lambda start, stop: x[:, :, start:stop], x)
 
-
+# %% ../nbs/90_tiling.ipynb #db8b61bf
 def row_tiles(m: LazyFeatureMap, rows: int) -> Iterator[tuple[int, int, Tensor]]:
     "Yield (start, stop, tile) from top to bottom."
     for start in range(0, m.height, rows):
@@ -62,7 +62,7 @@ def band_rows(x: Tensor) -> int:
     "Return how many rows of a feature map to read at once; the batch size does not change it."
     return max(1, BAND_BYTES // x[:1, :, :1].nbytes) if x.device.type == "cpu" else x.shape[2]
 
-
+# %% ../nbs/90_tiling.ipynb #537391be
 def group_stats(
     tiles: Iterable[Tensor],  # (B, C, rows, w), together the whole feature map
     groups: int,
@@ -78,14 +78,14 @@ def group_stats(
     mean, square = ((t / count).unflatten(1, (groups, -1)).mean(2) for t in (total, squares))
     return mean, (square - mean.square()).clamp(min=0)
 
-
+# %% ../nbs/90_tiling.ipynb #20edb812
 def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     "Fold statistics (B, groups) and weights (C,) into a scale and a shift (B, C, 1, 1)."
     mean, rstd = (t.repeat_interleave(len(weight) // t.shape[1], 1) for t in (mean, rstd))
     scale = weight * rstd
     return scale[..., None, None], (bias - mean * scale)[..., None, None]
 
-
+# %% ../nbs/90_tiling.ipynb #655566fd
 def apply_group_norm(m: LazyFeatureMap, norm: nn.GroupNorm, rows: int) -> LazyFeatureMap:
     "Return `norm(m)`, after one pass over `m` for the statistics."
     mean, var = group_stats((tile for *_, tile in row_tiles(m, rows)), norm.num_groups)
@@ -103,7 +103,7 @@ def is_layer(layer: nn.Module, kind: type | tuple[type, ...]) -> bool:
     patched = "forward" in vars(layer)
     return not patched and any(isinstance(layer, k) and cls.forward is k.forward for k in kinds)
 
-
+# %% ../nbs/90_tiling.ipynb #753aa858
 def conv_halo(conv: nn.Conv2d) -> int:
     "Return the halo of a convolution that keeps the size; raise `TypeError` for others."
     reach = tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
@@ -159,7 +159,7 @@ def materialize(
     out[:, :, pending[0] : pending[1]] = pending[2]
     return from_tensor(out)
 
-
+# %% ../nbs/90_tiling.ipynb #264bb1ba
 def tile_block(m: LazyFeatureMap, block: ResnetBlock, rows: int) -> LazyFeatureMap:
     "Return `block(m)`, stored in the memory of `m` where possible."
     h = m
@@ -186,7 +186,7 @@ def layers_of(net: Encoder | Decoder) -> Iterator[nn.Module]:
             yield level
     yield from (net.norm_out, net.act, net.conv_out)
 
-
+# %% ../nbs/90_tiling.ipynb #6453ca4b
 def run_tiles(net: Encoder | Decoder, x: Tensor, rows: int) -> Tensor:
     "Run the layers of a network on row tiles."
     conv_in, *layers = layers_of(net)
@@ -195,7 +195,7 @@ def run_tiles(net: Encoder | Decoder, x: Tensor, rows: int) -> Tensor:
         m = tile_layer(m, layer, rows)
     return materialize(m, rows).tensor
 
-
+# %% ../nbs/90_tiling.ipynb #cdee4a29
 def check_tiling(net: Encoder | Decoder, x: Tensor) -> None:
     "Raise `TypeError` if a network does not compute its layers in this order, as an edited `forward` may."
     side = 4 * 2 ** sum(isinstance(m, Downsample) for m in net.modules())
@@ -206,7 +206,7 @@ def check_tiling(net: Encoder | Decoder, x: Tensor) -> None:
         raise TypeError("tiled_forward does not reproduce this network, whose forward was changed: "
                         "run the whole image, or change tile_block and layers_of accordingly")  # fmt: skip
 
-
+# %% ../nbs/90_tiling.ipynb #baeee721
 @torch.no_grad()
 def tiled_forward(
     net: Encoder | Decoder,

@@ -62,7 +62,7 @@ class Item(NamedTuple):
     name: str = ""   # of the file
     size: Size = ()  # (H, W) of the upright image before the crop, once loaded
 
-
+# %% ../nbs/19_token_dataset.ipynb #4df3331f
 def file_items(images: Images, labels: Sequence[str], indices: range) -> Iterator[Item]:
     "Iterate over some files of a source."
     for i in indices:
@@ -206,7 +206,7 @@ def index_tar(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
             raise BitsError(f"{file} holds no bits or no JSON for {key}")
     return index
 
-
+# %% ../nbs/19_token_dataset.ipynb #7f09f045
 def read_bytes(file: Path, length: int, offset: int) -> bytes:
     "Read a part of a file."
     return np.fromfile(file, np.uint8, length, offset=offset).tobytes()
@@ -236,7 +236,7 @@ def row_bytes(schedule: Sequence[Size], dim: int) -> int:
     "Return the bytes of one image's bits."
     return -(-sum(h * w for h, w in schedule) * dim // 8)
 
-
+# %% ../nbs/19_token_dataset.ipynb #c89d6b50
 def pack_row(bits: Bits) -> np.ndarray:
     "Pack the token maps of one image from coarse to fine as uint8 (bytes,)."
     return np.packbits(np.concatenate([tokens.numpy().ravel() for tokens in bits]))
@@ -320,7 +320,7 @@ def index_shard(file: Path) -> dict[str, object]:
     "Return the position of every key of a shard; raise `BitsError` if it is not a shard."
     return READERS[file.suffix][0](file)
 
-
+# %% ../nbs/19_token_dataset.ipynb #ceaadd6c
 def read_sample(file: Path, key: str, where: object) -> TokenizedImage:
     "Read the image at a position of the index; raise `BitsError` for damage."
     return READERS[file.suffix][1](file, key, where)
@@ -331,7 +331,7 @@ def file_checksum(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-
+# %% ../nbs/19_token_dataset.ipynb #16054228
 def write_json(file: Path, value: dict) -> None:
     "Write JSON atomically."
     with atomic_write(file) as part:

@@ -187,7 +187,7 @@ def weight_bytes(w: Tensor) -> bytes:
     "Return a weight as bfloat16 bytes."
     return w.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes()
 
-
+# %% ../nbs/05_tokenizer.ipynb #7ffdf7f7
 def hash_encoder(self: BitVAE) -> str:
     "16 hexadecimal digits that identify the encoder."
     # fused optimizers change weights without changing their version: the two ends reveal those steps
@@ -244,7 +244,7 @@ def finish(self: BitVAE, y: Tensor, size: tuple[int, int], clamp: bool, device: 
     # a copy leaves inference mode, so that the result can take part in training
     return (y.clamp(-1, 1) if clamp else y).to(device, copy=True, memory_format=torch.contiguous_format)
 
-
+# %% ../nbs/05_tokenizer.ipynb #58e200db
 @patch
 def decode(
     self: BitVAE,

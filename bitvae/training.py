@@ -67,7 +67,7 @@ def resolve_config(config: TrainConfig, folder: Path) -> TrainConfig:
     model = read_run(folder)[0].model if has_run(folder) else BitVAE.from_pretrained(config.init_from).config
     return replace(config, model=model)
 
-
+# %% ../nbs/10_training.ipynb #fde90d51
 def init_tokenizer(config: TrainConfig, x: Tensor | None = None) -> BitVAE:  # x: crops, for init_latent_norm
     "Return the tokenizer before the first step; raise `ValueError` if `init_from` has another model."
     torch.manual_seed(config.seed)
@@ -86,11 +86,11 @@ def adamw(module: nn.Module, lr: float) -> torch.optim.Optimizer:
     fused = trained[0].device.type in ("cuda", "cpu", "mps", "xpu")
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
 
-
+# %% ../nbs/10_training.ipynb #f1524a65
 class TrainingDiverged(ArithmeticError):
     "The loss or the gradient is infinite or NaN; the message names the step and what is kept."
 
-
+# %% ../nbs/10_training.ipynb #372033af
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> Tensor:
     "Clip the gradients, update, return their norm; raise `TrainingDiverged` and leave the weights unchanged."
     (group,) = optimizer.param_groups
@@ -117,7 +117,7 @@ def prepare_model(tok: BitVAE, config: TrainConfig, device: torch.device) -> Bit
         tok.decoder.compile()
     return tok.train()
 
-
+# %% ../nbs/10_training.ipynb #7cc84bd6
 def init_discriminator(source: str | None) -> dict[str, Tensor] | None:
     "Return the discriminator of a run, of one of its checkpoints, or of a published training checkpoint."
     path = Path(source or "")
@@ -180,21 +180,21 @@ def step_seed(seed: int, step: int) -> int:
     "Return the seed of all random numbers in one step."
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
 
-
+# %% ../nbs/10_training.ipynb #fe903f3b
 @patch
 def autocast(self: Trainer):
     "Return the autocast context of the networks; the quantizer leaves it, the losses are outside."
     enabled = self.config.precision == "bf16"
     return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
-
+# %% ../nbs/10_training.ipynb #759337a8
 def accumulate_passes(accelerator, model: nn.Module, batches: Sequence) -> Iterator:
     "Yield the batch of each pass; processes exchange the gradients of the model in the last pass only."
     for number, batch in enumerate(batches, 1):
         with nullcontext() if number == len(batches) else accelerator.no_sync(model):
             yield batch
 
-
+# %% ../nbs/10_training.ipynb #66a1567b
 def mean_parts(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     "Return the mean of every logged value over the passes."
     return {name: torch.stack([parts[name] for parts in passes]).mean() for name in passes[0]}
@@ -255,7 +255,7 @@ def stateful_parts(self: Trainer) -> dict[str, nn.Module | torch.optim.Optimizer
         parts |= {"image_disc": self.raw_discriminator, "opt_image_disc": self.discriminator_optimizer}
     return parts
 
-
+# %% ../nbs/10_training.ipynb #9f4025ac
 def save_checkpoint(t: Trainer, folder: Path, validation: float) -> None:
     "Write the state of a run, with its validation loss, to a folder of checkpoints, and remove old ones."
     state = {name: part.state_dict() for name, part in t.stateful_parts().items()} | {"step": t.step}
@@ -290,7 +290,7 @@ def validation_images(source: Source | None, size: int) -> Tensor:  # (B, 3, siz
     files = image_files(source)[:8] if source else held_out_photographs(["skimage"])
     return torch.cat([load_image(file, size) for file in files])
 
-
+# %% ../nbs/10_training.ipynb #64c9fcd1
 @torch.no_grad()
 def validate(t: Trainer, x: Tensor, folder: Path, log: MetricsLog) -> dict[str, object]:
     "Evaluate images (B, 3, H, W), save reconstructions to the run's folder; raise `TrainingDiverged`."
@@ -312,21 +312,21 @@ def crop_rule(config: TrainConfig) -> CropRule:
     "Return how the recipe samples crops."
     return CropRule(config.max_zoom, config.full_image_prob, config.upscale, config.color_jitter)
 
-
+# %% ../nbs/10_training.ipynb #2ba83b3e
 @patch
 def images_per_step(self: Trainer) -> float:
     "Return the crops of one step in all processes, averaged over the sizes."
     batches = as_tuple(self.config.batch)
     return self.config.accumulate * self.accelerator.num_processes * sum(batches) / len(batches)
 
-
+# %% ../nbs/10_training.ipynb #d8aabe01
 def first_crops(config: TrainConfig, images: Images, processes: int) -> Tensor:  # (B, 3, size, size)
     "Return the crops of the first step in all processes, for `init_latent_norm`."
     count = config.accumulate * processes * as_tuple(config.batch)[0]
     plan = CropPlan(as_tuple(config.size)[0], count, config.seed)
     return next(iter(crop_loader(images, plan, range(1), crop_rule(config)))).x
 
-
+# %% ../nbs/10_training.ipynb #af029595
 def remaining_crops(t: Trainer, images: Images, workers: int = 0) -> torch.utils.data.DataLoader:
     "Return a loader of the remaining steps for this process; it yields one `Crop` per pass."
     c, a = t.config, t.accelerator
@@ -495,7 +495,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--wandb", metavar="PROJECT", help="also log to this project on Weights & Biases")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help=override)
 
-
+# %% ../nbs/10_training.ipynb #220e136d
 def train_from_args(args: argparse.Namespace) -> Path:
     "Train as the parsed arguments say."
     images = args.images if isinstance(args.images, str) or len(args.images) > 1 else args.images[0]

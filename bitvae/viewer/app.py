@@ -53,7 +53,7 @@ class OpenSession(NamedTuple):
     size: int | None  # side of a center crop; None: the image as it is
     session: EditSession
 
-
+# %% ../../nbs/viewer/24_app.ipynb #985338a1
 def open_session(source: ImageSource, tokenizer: str, size: int | None, previous=None) -> OpenSession:
     "Load a tokenizer, unless `previous` holds it, and an image; raises what the two loaders do."
     if previous and tokenizer == previous.tokenizer:
@@ -100,7 +100,7 @@ def show_current(self: SourcePanel, source: ImageSource, tokenizer: str, size: i
     self.images.options, self.images.index = [(p.name, p) for p in sources], sources.index(source)
     self.tokenizer.value, self.size.value, self.quiet = tokenizer, size or 0, False
 
-
+# %% ../../nbs/viewer/24_app.ipynb #1cb556bd
 @patch
 def open_source(self: SourcePanel, source: ImageSource) -> None:
     "Open an image with the chosen tokenizer and resolution, or show what is wrong."
@@ -114,7 +114,7 @@ def open_source(self: SourcePanel, source: ImageSource) -> None:
     finally:
         self.show_current(*self.current)
 
-
+# %% ../../nbs/viewer/24_app.ipynb #4e7ae0a9
 @patch
 def open_uploads(self: SourcePanel) -> None:
     "Open the uploaded files."
@@ -122,7 +122,7 @@ def open_uploads(self: SourcePanel) -> None:
         self.open_source(ImageSource(ImageBytes(file["name"], bytes(file["content"]))))
     self.upload.value = ()
 
-
+# %% ../../nbs/viewer/24_app.ipynb #1315b290
 @patch
 def open_path(self: SourcePanel, path: str) -> None:
     "Open a typed path and clear the field, so that the same path can be typed again."
@@ -214,14 +214,14 @@ def open(self: Viewer, source: ImageSource, tokenizer: str, size: int | None) ->
     self.state.session, self.state.k = self.session, self.session.scales
     self.state.refresh()
 
-
+# %% ../../nbs/viewer/24_app.ipynb #bccadba3
 @patch
 def wait(self: Viewer) -> None:
     "Wait for the background jobs."
     for job in self.jobs:
         job.wait()
 
-
+# %% ../../nbs/viewer/24_app.ipynb #d9172d1a
 @patch
 def close(self: Viewer) -> None:
     "Release the tokenizer and all widgets, which Jupyter would keep."
@@ -235,7 +235,7 @@ def close(self: Viewer) -> None:
         widget.close()
     self.state.panels, self.opened, self.state.session = [], None, None
 
-
+# %% ../../nbs/viewer/24_app.ipynb #2348752e
 @patch
 def _repr_mimebundle_(self: Viewer, **kwargs) -> dict:
     widgets = self.images.original, self.images.reconstruction, self.images.map
@@ -270,7 +270,7 @@ def page_notebook(image: str | os.PathLike | None, tokenizer: str, size: int | N
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
     return {"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
-
+# %% ../../nbs/viewer/24_app.ipynb #61de592d
 def page_settings(token: str) -> dict:
     "Return Voila's configuration: the page alone, for holders of the token, uploads up to 200 MiB."
     limits = {"websocket_max_message_size": 200 * 2**20}

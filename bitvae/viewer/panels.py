@@ -135,7 +135,7 @@ def end_jobs() -> None:
         job.cancel()
         job.wait()
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #7c46c22b
 @patch
 def wait(self: Job) -> None:
     "Wait until the thread has ended."
@@ -156,7 +156,7 @@ def draw_strip(images: Sequence, titles: Sequence[str], selected: int, size: tup
         draw.text((left + pad + w // 2, h + 2 * pad + 1), title, "black", font, anchor="ma")
     return strip
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #b70aedbd
 def thumbnails(session: EditSession, state: SessionState, size: tuple[int, int]) -> Iterator[tuple]:
     "Decode every prefix of a state, coarse to fine; yield index, thumbnail of that size, and title."
     for k in range(1, session.scales + 1):
@@ -237,7 +237,7 @@ def channel_options(dim: int) -> tuple[tuple[str, object], ...]:
     triples = [(f"{c}, {c + 1}, {c + 2} as colors", (c, c + 1, c + 2)) for c in range(0, dim - 2, 3)]
     return ("all", "all"), *((str(c), c) for c in range(dim)), *triples
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #fce70203
 def draw_channels(token_map: Tensor, channel: object) -> tuple[Image.Image, PlaneGrid]:
     "Draw the bit planes (h, w, d) that a value of `channel_options` selects, and return their layout."
     if isinstance(channel, tuple):
@@ -292,7 +292,7 @@ def refresh(self: EditsPanel) -> None:
     self.last_k, self.correct.value = self.k, self.session.state.correct
     self.count.value = f"edits: {len(self.session.state.edits)}"
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #140677ad
 @patch
 def edit(self: EditsPanel, kind: Callable, *arguments) -> None:
     "Apply an edit to the chosen scales and channel."
@@ -301,7 +301,7 @@ def edit(self: EditsPanel, kind: Callable, *arguments) -> None:
     channel = self.channel.value if isinstance(self.channel.value, int) else None
     self.session.apply(kind(tuple(self.scales.value), *arguments, channel))
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #513f67cb
 @patch
 def take(self: EditsPanel) -> None:
     "Take the first k scales from another image."

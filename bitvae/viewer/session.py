@@ -57,7 +57,7 @@ class ImageSource(NamedTuple):
         "Return Python code that loads the image."
         return f"load_image({self.expression or repr(str(self.file))}{f', {size}' if size else ''})"
 
-
+# %% ../../nbs/viewer/21_session.ipynb #feefb1c6
 def sample_photographs() -> list[ImageSource]:
     "Return the held-out photographs of scikit-image and the bundled ones."
     groups = {'held_out_photographs(["skimage"])': held_out_photographs(["skimage"]),
@@ -123,7 +123,7 @@ def push(self: EditSession, edits: tuple[tuple[BitEdit, str], ...], correct: boo
     for old in self.states[1:-keep]:
         old.images.clear()
 
-
+# %% ../../nbs/viewer/21_session.ipynb #f5a88dd0
 @patch
 def apply(self: EditSession, edit: BitEdit, code: str | None = None) -> None:
     "Apply one more edit; `code` is its Python code, by default its repr."
@@ -141,7 +141,7 @@ def psnr_of(self: EditSession, k: int, state: SessionState | None = None) -> flo
     "Return the PSNR of the first k scales, in dB."
     return psnr(self.x.float().cpu(), self.image(k, state).cpu())[0].item()
 
-
+# %% ../../nbs/viewer/21_session.ipynb #e178ac20
 @patch
 def describe(self: EditSession, k: int) -> str:
     "Describe the first k scales: PSNR, bits, bytes, and PSNR without the edits."
@@ -175,7 +175,7 @@ def png_bytes(image: Image.Image) -> bytes:
     image.save(data := io.BytesIO(), "PNG", compress_level=1)
     return data.getvalue()
 
-
+# %% ../../nbs/viewer/21_session.ipynb #1394db50
 def gif_bytes(images: Sequence[Image.Image], seconds: float = 0.6) -> bytes:
     "Encode images as an endless GIF, the last one shown three times as long."
     times = [int(1000 * seconds)] * (len(images) - 1) + [int(3000 * seconds)]
@@ -183,7 +183,7 @@ def gif_bytes(images: Sequence[Image.Image], seconds: float = 0.6) -> bytes:
     images[0].save(data := io.BytesIO(), "GIF", **options)
     return data.getvalue()
 
-
+# %% ../../nbs/viewer/21_session.ipynb #71397622
 def side_by_side(images: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     "Put images of one size in a row, with white gaps."
     w, h = images[0].size
@@ -208,7 +208,7 @@ def file_bytes(self: EditSession, name: str, k: int) -> bytes:
     images = [to_image(self.image(n)) for n in range(1, self.scales + 1)]
     return png_bytes(side_by_side(images)) if name == "scales.png" else gif_bytes(images)
 
-
+# %% ../../nbs/viewer/21_session.ipynb #8a4d2a0d
 @patch
 def save(self: EditSession, folder: str | os.PathLike, k: int | None = None) -> list[Path]:
     "Write all `FILES` to a folder, created if missing; picture.png shows k scales, by default all."
