@@ -66,14 +66,14 @@ def test_palette_and_orientation(tmp_path):
 @pytest.mark.slow
 def test_a_truncated_image_stops_training_with_its_name(tmp_path, length, workers):
     (tmp_path / "cut.jpg").write_bytes(bundled_photographs()[0].read_bytes()[:length])
-    with pytest.raises(DataError, match="^no picture can be used, the last one: .*cut.jpg"):
+    with pytest.raises(DataError, match="^no image can be used, the last one: .*cut.jpg"):
         train(recipe("smoke", init_latent_norm=None), tmp_path, tmp_path / "run", workers=workers)
 
 
 @pytest.mark.slow
 def test_an_image_smaller_than_the_crop(tmp_path):
     Image.new("RGB", (40, 20)).save(tmp_path / "tiny.png")
-    with pytest.raises(DataError, match="tiny.png: a picture of 40x20 is smaller than the crop of 32x32"):
+    with pytest.raises(DataError, match="tiny.png: an image of 40x20 is smaller than the crop of 32x32"):
         train(recipe("smoke"), tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(recipe("smoke", upscale=True), tmp_path, tmp_path / "other")
