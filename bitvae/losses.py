@@ -33,20 +33,21 @@ def generator_loss(
     perceptual: Distance | None = None,  # None: no perceptual term
     perceptual_weight: float = 1.0,
     latent_mean_weight: float = 0.0,     # of `latent_mean_loss`
-    latent_mse_weight: float = 0.0,      # of the squared distance between z and q.z
+    latent_mse_weight: float = 0.0,      # of the squared distance between z and q.z_full
     pixel_loss: Distance = F.l1_loss,    # or F.mse_loss
+    pixel_weight: float = 1.0,
     quantizer_weight: float = 4.0,
     adversarial_weight: float = 0.3,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # loss; its weighted terms, detached
     "Return the loss of encoder and decoder (Infinity's training code)."
-    terms = {"pixels": pixel_loss(y, x), "quantizer": quantizer_weight * q.losses.mean()}
+    terms = {"pixels": pixel_weight * pixel_loss(y, x), "quantizer": quantizer_weight * q.losses.mean()}
     if perceptual:
         terms["perceptual"] = perceptual_weight * perceptual(x, y).mean()
     if logits is not None:
         terms["adversarial"] = -adversarial_weight * logits.mean()
     if latent_mean_weight:
         terms["latent_mean"] = latent_mean_weight * latent_mean_loss(z)
-    latent_mse = F.mse_loss(z, q.z.detach())
+    latent_mse = F.mse_loss(z, q.z_full.detach())
     loss = sum(terms.values()) + latent_mse_weight * latent_mse
     return loss, {name: t.detach() for name, t in (terms | {"latent": latent_mse, "loss": loss}).items()}
 

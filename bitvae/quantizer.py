@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BitEdit', 'bits_to_codes', 'straight_through', 'area_resize', 'upsample', 'upsample_codes', 'quantize_residual',
            'latent_from_bits', 'prefix_latents', 'binary_entropy', 'all_reduce_mean', 'ScaleLoss', 'scale_loss',
-           'sample_keep', 'MultiScaleBSQ', 'Quantized']
+           'sample_keep', 'sample_prefixes', 'MultiScaleBSQ', 'Quantized']
 
 # %% ../nbs/03_quantizer.ipynb #fb5cb8f2
 import math
@@ -143,6 +143,12 @@ def sample_keep(scales: int, drop_rate: float, keep_last: bool) -> list[bool]:
     keep[-1] = keep[-1] or keep_last or not any(keep)
     return keep
 
+# %% ../nbs/03_quantizer.ipynb #abe97d58
+def sample_prefixes(batch: int, scales: int, rate: float) -> Tensor:  # (B,), in [1, K]
+    "Sample how many scales each image of a training batch keeps, from torch's CPU generator."
+    short = torch.randint(1, scales, (batch,)) if scales > 1 else torch.ones(batch, dtype=torch.long)
+    return torch.where(torch.rand(batch) < rate, short, scales)
+
 # %% ../nbs/03_quantizer.ipynb #fa25e3b4
 class MultiScaleBSQ(nn.Module):
     "Multi-scale binary spherical quantization of a latent (Infinity, arXiv 2412.04431)."
@@ -153,6 +159,7 @@ class MultiScaleBSQ(nn.Module):
         mode: str = "dense",             # schedule mode, see `scale_schedule`
         drop_rate: float = 0.5,          # probability of dropping a scale in training
         keep_last: bool = True,          # never drop the last scale
+        prefix_rate: float = 0.0,        # fraction of a training batch that is decoded from a prefix
         detach_residual: bool = False,   # stop the gradient through the subtracted codes
         commitment_weight: float = 0.25, # of the commitment loss, see `scale_loss`
         entropy_weight: float = 0.1,     # of the entropy penalty
@@ -167,6 +174,7 @@ class MultiScaleBSQ(nn.Module):
         self.mode = mode
         self.drop_rate = drop_rate
         self.keep_last = keep_last
+        self.prefix_rate = prefix_rate
         self.detach_residual = detach_residual
         self.commitment_weight = commitment_weight
         self.entropy_weight = entropy_weight
@@ -187,6 +195,7 @@ class Quantized(NamedTuple):
     z: Tensor       # quantized latent (B, d, h, w), with the straight-through gradient
     bits: Bits      # one token map per kept scale
     losses: Tensor  # (kept scales,); zeros in eval mode
+    z_full: Tensor  # sum of all kept scales; differs from z for images that are decoded from a prefix
 
 # %% ../nbs/03_quantizer.ipynb #4b7e90d2
 def forward(
@@ -205,13 +214,19 @@ def forward(
         raise ValueError(f"keep must hold {len(schedule)} booleans, at least one true, got {list(keep)}")
     kept = [size for size, k in zip(schedule, keep, strict=True) if k]
     weights = self.commitment_weight, self.entropy_weight, self.inv_temperature
-    z_q, token_maps, losses = 0, [], []
+    sums, token_maps, losses = [], [], []
     with torch.autocast(z.device.type, enabled=False):
         for v, token_map, codes in quantize_residual(z.float(), kept, self.detach_residual, edit):
-            z_q = z_q + codes
+            sums.append(sums[-1] + codes if sums else codes)
             token_maps.append(token_map)
             losses.append(scale_loss(v, *weights).loss if self.training else v.new_zeros(()))
-    return Quantized(z_q.contiguous(), Bits(token_maps, kept, tuple(z.shape[-2:])), torch.stack(losses))
+    z_full = sums[-1].contiguous()
+    bits = Bits(token_maps, kept, tuple(z.shape[-2:]))
+    if not (self.training and self.prefix_rate):
+        return Quantized(z_full, bits, torch.stack(losses), z_full)
+    prefixes = sample_prefixes(len(z), len(kept), self.prefix_rate).to(z.device)
+    z_q = torch.stack(sums)[prefixes - 1, torch.arange(len(z), device=z.device)]
+    return Quantized(z_q.contiguous(), bits, torch.stack(losses), z_full)
 
 # %% ../nbs/03_quantizer.ipynb #472adb87
 @torch.no_grad()

@@ -40,6 +40,7 @@ class TrainConfig:
 
     train_mode: str = "dense"          # schedule in training, see `scale_schedule`
     drop_rate: float = 0.5             # probability of dropping a scale; the last one is kept
+    prefix_rate: float = 0.0           # fraction of a batch that is decoded from a random prefix of the scales
     size: int | tuple[int, ...] = 256  # side of a crop, pixels; with several sizes, each step samples one
     batch: int | tuple[int, ...] = 8   # crops per pass and process, for each size
     accumulate: int = 1                # passes per step; their gradients are averaged
@@ -47,6 +48,7 @@ class TrainConfig:
     full_image_prob: float = 0.0       # fraction of crops without zoom
     upscale: bool = True               # upscale images smaller than the crop
     color_jitter: float = 0.0          # strength of color jitter, in [0, 1]
+    device_crops: bool = False         # keep all images in the device's memory and crop there
     max_unreadable: float = 0.01       # fraction of unreadable images that stops the run
 
     steps: int = 500_000               # updates of the tokenizer
@@ -57,9 +59,12 @@ class TrainConfig:
     ema: float = 0.0                   # decay of the averaged weights; 0: none
 
     pixel_loss: str = "l1"             # "l1" or "mse"
+    pixel_weight: float = 1.0          # of the pixel loss
     perceptual: str = "lpips"          # "lpips", "lpips:FILE", "efficientnet" or "none"
     perceptual_weight: float = 1.0     # of the perceptual distance
     discriminator_start: int | None = 50_000  # first step with the discriminator; None: no discriminator
+    adversarial_weight: float = 0.3    # of the discriminator's logits
+    quantizer_weight: float = 4.0      # of the quantizer's losses
     latent_mean_weight: float = 0.0    # see `generator_loss`
     latent_mse_weight: float = 0.0     # see `generator_loss`
     init_latent_norm: float | None = None  # mean norm of the first latents, centered; None: unchanged
@@ -78,11 +83,11 @@ CHOICES = {
     "pixel_loss": ("l1", "mse"), "precision": ("float32", "bf16"),
 }  # fmt: skip
 RANGES = {  # wanted: predicate, fields
-    "in [0, 1)": (lambda v: 0 <= v < 1, "drop_rate warmup ema"),
+    "in [0, 1)": (lambda v: 0 <= v < 1, "drop_rate prefix_rate warmup ema"),
     "in [0, 1]": (lambda v: 0 <= v <= 1, "full_image_prob color_jitter max_unreadable lr_drop"),
     "at least 1": (lambda v: 1 <= v < inf, "accumulate steps checkpoint_every keep_checkpoints max_zoom"),
-    "zero or positive": (lambda v: 0 <= v < inf, "latent_mean_weight latent_mse_weight seed"),
-    "positive": (lambda v: 0 < v < inf, "perceptual_weight"),
+    "zero or positive": (lambda v: 0 <= v < inf, "quantizer_weight latent_mean_weight latent_mse_weight seed"),
+    "positive": (lambda v: 0 < v < inf, "pixel_weight perceptual_weight adversarial_weight"),
     "positive, at most 1": (lambda v: 0 < v <= 1, "lr"),
 }
 
@@ -147,14 +152,18 @@ SMOKE = replace(
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #179e46a0
-DEMO1 = replace(
-    QUICK, name="demo_stage1",
-    model=BitVAEConfig(dim=6, channels=48, multipliers=(1,) * 6, res_blocks=0, stride=8),
-    size=128, color_jitter=0.2, latent_mean_weight=0.5, lr=1e-3, steps=1500,
+DEMO1 = TrainConfig(
+    name="demo_stage1",
+    model=BitVAEConfig(dim=32, channels=32, encoder_multipliers=(1, 2, 4, 4, 4),
+                       decoder_multipliers=(1, 2, 4, 6, 6), res_blocks=1),
+    train_mode="dynamic", drop_rate=0.0, prefix_rate=0.2, batch=32, max_zoom=2.25, full_image_prob=0.3,
+    color_jitter=0.1, device_crops=True, steps=4000, lr=1e-3, warmup=0.03, lr_decay="cosine", ema=0.999,
+    pixel_loss="l1", perceptual="none", discriminator_start=None, latent_mse_weight=1.0,
+    init_latent_norm=3.0, precision="bf16", checkpoint_every=1000,
 )  # fmt: skip
 DEMO2 = replace(
-    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, size=(128, 256), batch=(4, 1), lr=5e-4,
-    steps=1200, pixel_loss="l1", perceptual="efficientnet", perceptual_weight=0.02, checkpoint_every=100,
+    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, lr=3e-4, steps=2000,
+    perceptual="lpips", perceptual_weight=0.5, discriminator_start=300, adversarial_weight=0.05,
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #13984f0c
