@@ -85,7 +85,8 @@ def check(shape, silu=True, dtype=torch.float32, rtol=1e-6):
     ours = gradients(lambda *t: fused_group_norm(*t, groups, 1e-6, silu), x, w, b, dy)
     double = [t.double() for t in (x, w, b, dy)]
     exact = gradients(lambda *t: plain(*t, groups, silu), *double)
-    assert ours[0].dtype == ours[1].dtype == dtype and ours[0].is_contiguous(memory_format=torch.channels_last)
+    assert ours[0].dtype == ours[1].dtype == dtype
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
     for name, a, e in zip(("output", "input", "weight", "bias"), ours, exact, strict=True):
         if shape[1] == groups and shape[2] * shape[3] == 1 and name in ("input", "weight"):
             e = torch.zeros_like(e)  # the deviation of a single value
