@@ -1,0 +1,242 @@
+"""Triton operators against the plain model in float64: on a GPU, and in Triton's interpreter on a CPU."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+pytest.importorskip("triton", reason="Triton is not installed")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
+kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs in a process with TRITON_INTERPRET=1")
+SHAPES = [
+    (2, 32, 5, 7),
+    (2, 24, 1, 1),
+    (1, 48, 9, 3),
+    (2, 96, 33, 17),
+    (3, 160, 3, 5),
+    (1, 128, 40, 41),
+    (1, 1024, 3, 3),
+]
+LARGE = [(3, 128, 255, 253), (2, 512, 64, 64), (1, 48, 1024, 1000), (1, 128, 1024, 1024), (5, 768, 17, 1)]
+
+
+@pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
+def test_kernels_in_the_interpreter(request):
+    "Run the tests of this file in a process with Triton's interpreter."
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    "Turn TF32 off."
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def tensors(shape, dtype=torch.float32):
+    "Return a feature map with shifted channels, weight, bias and the gradient of the output."
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g) / 2 + 3 * torch.randn(1, shape[1], 1, 1, generator=g)
+    w, b = torch.randn(2, shape[1], generator=g)
+    dy = torch.randn(shape, generator=g)
+    return [t.to(DEVICE) for t in (x.to(dtype), w, b, dy.to(dtype))]
+
+
+def groups_of(channels): return 24 if channels % 32 else 32
+
+
+def plain(x, w, b, groups, silu=True):
+    "Return GroupNorm of (B, C, H, W), also for a single value per group, and SiLU."
+    u = x.unflatten(1, (groups, -1))
+    var, mean = torch.var_mean(u, (2, 3, 4), correction=0, keepdim=True)
+    u = ((u - mean) * (var + 1e-6).rsqrt()).flatten(1, 2) * w[:, None, None] + b[:, None, None]
+    return F.silu(u) if silu else u
+
+
+def gradients(f, x, w, b, dy):
+    "Return the output and the gradients of input, weight and bias."
+    leaves = [t.detach().clone().requires_grad_() for t in (x, w, b)]
+    y = f(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def check(shape, silu=True, dtype=torch.float32, rtol=1e-6):
+    from bitvae.triton_norm import fused_group_norm
+
+    x, w, b, dy = tensors(shape, dtype)
+    groups = groups_of(shape[1])
+    ours = gradients(lambda *t: fused_group_norm(*t, groups, 1e-6, silu), x, w, b, dy)
+    double = [t.double() for t in (x, w, b, dy)]
+    exact = gradients(lambda *t: plain(*t, groups, silu), *double)
+    assert ours[0].dtype == ours[1].dtype == dtype
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    for name, a, e in zip(("output", "input", "weight", "bias"), ours, exact, strict=True):
+        if shape[1] == groups and shape[2] * shape[3] == 1 and name in ("input", "weight"):
+            e = torch.zeros_like(e)  # the deviation of a single value
+        error, size = (a.double() - e).abs().max().item(), max(e.abs().max().item(), 1e-3)
+        assert error <= rtol * size, (name, error / size)
+
+
+@kernels
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operator_equals_float64(shape, silu):
+    check(shape, silu)
+
+
+@kernels
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_operator_in_half_precision(dtype, rtol):
+    check((2, 48, 9, 3), True, dtype, rtol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+def test_large_feature_maps(shape, dtype):
+    check(shape, True, dtype, 1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@kernels
+def test_results_are_reproducible_and_independent_of_the_batch():
+    from bitvae.triton_norm import fused_group_norm
+
+    x, w, b, _ = tensors((3, 96, 20, 11))
+    y = fused_group_norm(x, w, b, 32)
+    assert torch.equal(y, fused_group_norm(x, w, b, 32))
+    assert torch.equal(y[1:2], fused_group_norm(x[1:2], w, b, 32))
+
+
+@kernels
+def test_operator_is_registered():
+    from bitvae.triton_norm import fused_group_norm, group_norm_op
+
+    x, w, b, _ = tensors((2, 48, 3, 5))
+    x.requires_grad_()
+    w.requires_grad_()
+    torch.library.opcheck(group_norm_op, (x, w, b, 24, 1e-6, True))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert fused_group_norm(x.bfloat16(), w, b, 24).dtype == torch.bfloat16
+    g, = torch.autograd.grad(fused_group_norm(x, w, b, 24).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        g.sum().backward()
+
+
+def networks():
+    "Return a small encoder and decoder, plain and optimized."
+    from bitvae.autoencoder import Decoder, Encoder
+    from bitvae.kernels import SWAPS, optimize
+
+    torch.manual_seed(0)
+    config = {"dim": 16, "channels": 32, "multipliers": (2,), "res_blocks": 1, "stride": 1}
+    net = nn.Sequential(Encoder(**config), Decoder(**config)).to(DEVICE)
+    return net, optimize(copy.deepcopy(net), SWAPS["cuda"]), torch.randn(1, 3, 4, 3, device=DEVICE)
+
+
+@kernels
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_optimized_network_equals_the_plain_one(checkpointed):
+    from bitvae.kernels import CheckpointedFusedBlock, FusedGroupNorm, FusedResnetBlock
+    from bitvae.kernels import checkpoint_activations, unoptimize
+
+    net, fast, x = networks()
+    if checkpointed:
+        checkpoint_activations(fast)
+    kinds = [type(m) for m in fast.modules()]
+    assert kinds.count(CheckpointedFusedBlock if checkpointed else FusedResnetBlock) == 7
+    assert kinds.count(FusedGroupNorm) == 16
+    exact = copy.deepcopy(net).double()
+    exact(x.double()).square().mean().backward()
+    y = fast(x)
+    y.square().mean().backward()
+    torch.testing.assert_close(y.double(), exact(x.double()), rtol=0, atol=1e-5)
+    for p, e in zip(fast.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.double(), e.grad, rtol=1e-4, atol=1e-6)
+    assert {type(m) for m in unoptimize(fast).modules()} == {type(m) for m in net.modules()}
+
+
+@kernels
+def test_edits_hooks_and_replaced_layers_take_effect(monkeypatch):
+    from bitvae.autoencoder import ResnetBlock
+    from bitvae.kernels import FusedResnetBlock
+
+    net, fast, x = networks()
+    block, plain_block = fast[0].down[0].block[0], net[0].down[0].block[0]
+    h = torch.randn(1, 32, 4, 4, device=DEVICE)
+    seen = []
+    handles = [m.register_forward_hook(lambda m, i, y: seen.append(y)) for m in (block.norm1, block.act)]
+    block(h)
+    torch.testing.assert_close(seen[0], plain_block.norm1(h))
+    torch.testing.assert_close(seen[1], plain_block.act(seen[0]))
+    for handle in handles:
+        handle.remove()
+    for name, layer in (("norm1", nn.Identity()), ("act", nn.GELU())):
+        setattr(block, name, layer)
+        setattr(plain_block, name, layer)
+        torch.testing.assert_close(block(h), plain_block(h), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(ResnetBlock, "forward", lambda self, x: self.conv1(self.norm1(self.act(x))))
+    assert not any(type(m) is FusedResnetBlock for m in networks()[1].modules())
+
+
+@kernels
+def test_transforms_of_an_optimized_network():
+    from torch.func import grad, jvp
+
+    _, fast, x = networks()
+
+    def loss(x): return fast(x).square().mean()
+
+    torch.testing.assert_close(jvp(loss, (x,), (x,))[1], (grad(loss)(x) * x).sum(), rtol=1e-3, atol=1e-5)
+
+
+@kernels
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu)])
+def test_compiled_network_has_no_graph_break(backend):
+    _, fast, x = networks()
+    compiled = torch.compile(fast, fullgraph=True, backend=backend)
+    y = fast(x)
+    torch.testing.assert_close(compiled(x), y, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(y.square().mean(), list(fast.parameters()))
+    ours = torch.autograd.grad(compiled(x).square().mean(), list(fast.parameters()))
+    for a, e in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-6)
+    assert "bitvae.group_norm" in str(torch.export.export(fast, (x,)).graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@torch.no_grad()
+def test_golden_numbers_on_a_gpu(golden):
+    "All bits, except those of values within rounding of zero, and the reconstruction."
+    from bitvae import BitVAE
+    from bitvae.kernels import optimize
+    from bitvae.quantizer import quantize_residual
+
+    t = {name: value.to(DEVICE) for name, value in golden("autoencoder.safetensors").items()}
+    tok = optimize(BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense").to(DEVICE))
+    z = tok.encoder(t["x"])
+    assert (z - t["h"]).abs().max() <= 1e-5 * t["h"].abs().max()
+    scales = quantize_residual(t["h"], tok.quantizer.schedule(t["h"]))
+    for k, (plane, (v, *_)) in enumerate(zip(tok.encode(t["x"]), scales, strict=True)):
+        differ = plane != t[f"bits{k:02d}"].bool()
+        assert not differ.any() or v[differ].abs().max() < 1e-5, (k, int(differ.sum()))
+    y = tok.decoder(t["zq"])
+    assert (y - t["recon"]).abs().max() <= 1e-4 * t["recon"].abs().max()
