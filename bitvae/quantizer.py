@@ -144,10 +144,10 @@ def sample_keep(scales: int, drop_rate: float, keep_last: bool) -> list[bool]:
     return keep
 
 # %% ../nbs/03_quantizer.ipynb #abe97d58
-def sample_prefixes(batch: int, scales: int, rate: float) -> Tensor:  # (B,), in [1, K]
-    "Sample how many scales each image of a training batch keeps, from torch's CPU generator."
-    short = torch.randint(1, scales, (batch,)) if scales > 1 else torch.ones(batch, dtype=torch.long)
-    return torch.where(torch.rand(batch) < rate, short, scales)
+def sample_prefixes(batch: int, scales: int, rate: float, device: torch.device | str = "cpu") -> Tensor:
+    "Sample how many scales each image of a training batch keeps, (B,) in [1, K], on a device."
+    chosen, length = torch.rand(2, batch, device=device)
+    return torch.where(chosen < rate, 1 + (length * (scales - 1)).long(), scales)
 
 # %% ../nbs/03_quantizer.ipynb #fa25e3b4
 class MultiScaleBSQ(nn.Module):
@@ -224,8 +224,9 @@ def forward(
     bits = Bits(token_maps, kept, tuple(z.shape[-2:]))
     if not (self.training and self.prefix_rate):
         return Quantized(z_full, bits, torch.stack(losses), z_full)
-    prefixes = sample_prefixes(len(z), len(kept), self.prefix_rate).to(z.device)
-    z_q = torch.stack(sums)[prefixes - 1, torch.arange(len(z), device=z.device)]
+    prefixes = sample_prefixes(len(z), len(kept), self.prefix_rate, z.device)
+    chosen = torch.arange(1, len(kept) + 1, device=z.device)[:, None] == prefixes  # (kept scales, B)
+    z_q = torch.einsum("kb,kbdhw->bdhw", chosen.float(), torch.stack(sums))
     return Quantized(z_q.contiguous(), bits, torch.stack(losses), z_full)
 
 # %% ../nbs/03_quantizer.ipynb #472adb87

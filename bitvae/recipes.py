@@ -71,6 +71,7 @@ class TrainConfig:
     precision: str = "float32"         # "bf16": networks under autocast, quantizer and losses in float32
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass
     compile: bool = False              # torch.compile encoder and decoder
+    cuda_graph: bool = False           # replay each step as a CUDA graph, for small networks on one GPU
     seed: int = 0                      # of every random stream
     checkpoint_every: int = 5000       # steps
     keep_checkpoints: int = 3          # newest checkpoints to keep, besides the best
@@ -209,7 +210,7 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 # %% ../nbs/09_recipes.ipynb #940536ac
-MUTABLE_FIELDS = ("max_unreadable", "activation_checkpointing", "compile", "checkpoint_every",
+MUTABLE_FIELDS = ("max_unreadable", "activation_checkpointing", "compile", "cuda_graph", "checkpoint_every",
                   "keep_checkpoints")  # fmt: skip
 RENAMED_FIELDS = {  # old: new
     "start": "init_from", "start_norm": "init_latent_norm", "schedule": "train_mode", "decay": "lr_decay",

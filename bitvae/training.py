@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent_norm', 'resolve_config', 'init_tokenizer',
-           'adamw', 'TrainingDiverged', 'optimizer_step', 'check_finite', 'prepare_model', 'init_discriminator',
-           'Trainer', 'step_seed', 'accumulate_passes', 'mean_parts', 'discriminator_step', 'train_step',
-           'save_checkpoint', 'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops',
-           'remaining_crops', 'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train',
-           'add_train_arguments', 'train_from_args', 'main', 'train_arguments']
+           'adamw', 'set_lr', 'TrainingDiverged', 'optimizer_step', 'check_finite', 'prepare_model',
+           'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes', 'mean_parts',
+           'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
+           'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops', 'remaining_crops',
+           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train', 'add_train_arguments',
+           'train_from_args', 'main', 'train_arguments']
 
 # %% ../nbs/10_training.ipynb #7fc98361
 import argparse
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .bits import Bits, patch
 from .checkpoints import CheckpointError, internal_name, read_weights, tokenizer_files
@@ -80,33 +81,43 @@ def init_tokenizer(config: TrainConfig, x: Tensor | None = None) -> BitVAE:  # x
     return tok
 
 # %% ../nbs/10_training.ipynb #0b2468e1
-def adamw(module: nn.Module, lr: float) -> torch.optim.Optimizer:
+def adamw(module: nn.Module, lr: float, capturable: bool = False) -> torch.optim.Optimizer:
     "Return AdamW with betas (0.9, 0.95) and weight decay 0.01 for the parameters that are not frozen."
     trained = [p for p in module.parameters() if p.requires_grad]
-    fused = trained[0].device.type in ("cuda", "cpu", "mps", "xpu")
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+    device = trained[0].device
+    options = {"fused": device.type in ("cuda", "cpu", "mps", "xpu"), "capturable": capturable}
+    lr = torch.tensor(lr, device=device) if capturable else lr  # a CUDA graph reads it from memory
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    "Set the learning rate of the next update."
+    (group,) = optimizer.param_groups
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 # %% ../nbs/10_training.ipynb #f1524a65
 class TrainingDiverged(ArithmeticError):
     "The loss or the gradient is infinite or NaN; the message names the step and what is kept."
 
 # %% ../nbs/10_training.ipynb #372033af
-def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> Tensor:
+def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     "Clip the gradients, update, return their norm; leave the weights unchanged if it or the loss is not finite."
     (group,) = optimizer.param_groups
     norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-    group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 # %% ../nbs/10_training.ipynb #a2818135
-def check_finite(parts: Mapping[str, Tensor]) -> None:
+def check_finite(parts: Mapping[str, float], step: int) -> None:
     "Raise `TrainingDiverged` if a loss or a gradient norm is infinite or NaN."
-    if not torch.stack(list(parts.values())).isfinite().all():
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in parts.items())
-        raise TrainingDiverged(values)
+    if not all(map(math.isfinite, parts.values())):
+        values = ", ".join(f"{name} {parts[name]:.4g}" for name in ("loss", "grad_norm"))
+        raise TrainingDiverged(f"step {step}: {values}")
 
 # %% ../nbs/10_training.ipynb #abb22fd8
 def prepare_model(tok: BitVAE, config: TrainConfig, device: torch.device) -> BitVAE:
@@ -164,11 +175,13 @@ class Trainer:
         self.accelerator = accelerator
         self.step = 0
         self.tok = prepare_model(tok, config, device)
-        self.ema_model = None
-        if config.ema:
-            self.ema_model = AveragedModel(tok, device, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.ema_model = copy.deepcopy(tok).requires_grad_(False) if config.ema else None
         self.model = accelerator.prepare(tok)  # wrapped with several processes
-        self.optimizer = adamw(tok, config.lr)
+        graphs = config.cuda_graph and device.type == "cuda"
+        if graphs and (accelerator.num_processes > 1 or config.drop_rate or config.accumulate > 1):
+            raise ValueError("cuda_graph needs one process, drop_rate=0 and accumulate=1: set cuda_graph=false")
+        self.optimizer = adamw(tok, config.lr, capturable=graphs)
+        self.graphs = GraphedUpdates() if graphs else None
         self.perceptual = perceptual
         if isinstance(perceptual, nn.Module):
             perceptual.to(device, memory_format=torch.channels_last)
@@ -182,12 +195,48 @@ class Trainer:
             if device.type == "cuda" and accelerator.num_processes > 1:
                 self.raw_discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.raw_discriminator)
             self.discriminator = accelerator.prepare(self.raw_discriminator)
-            self.discriminator_optimizer = adamw(self.raw_discriminator, DISCRIMINATOR_LR_RATIO * config.lr)
+            self.discriminator_optimizer = adamw(self.raw_discriminator, config.lr, capturable=graphs)
 
     @property
     def eval_model(self) -> BitVAE:
         "The tokenizer to evaluate and save: the averaged one if there is one."
-        return self.ema_model.module if self.ema_model else self.tok
+        return self.ema_model or self.tok
+
+# %% ../nbs/10_training.ipynb #15219e8d
+class GraphedUpdates:
+    "`update_networks` as CUDA graphs, one for each batch shape, with and without the discriminator."
+
+    def __init__(self, warmup: int = 3):  # updates before the recording
+        self.warmup = warmup
+        self.stream = torch.cuda.Stream()
+        self.seen = {}    # kind of update -> number of updates
+        self.graphs = {}  # kind of update -> graph, its crops, its results
+
+    def __call__(self, t: Trainer, images: Sequence[Tensor], adversarial: bool) -> tuple[dict[str, Tensor], Bits]:
+        (x,) = images
+        kind = (*x.shape, adversarial)
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.seen[kind] <= self.warmup:
+                parts, bits = update_networks(t, images, adversarial)
+            else:
+                parts, bits = self.replay(t, x, kind)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return parts, bits
+
+    def replay(self, t: Trainer, x: Tensor, kind: tuple) -> tuple[dict[str, Tensor], Bits]:
+        "Replay the graph of this kind on a batch, after recording it once."
+        if kind not in self.graphs:
+            graph, crops = torch.cuda.CUDAGraph(), torch.empty_like(x)
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                results = update_networks(t, [crops], kind[-1])
+            self.graphs[kind] = graph, crops, results
+        graph, crops, (parts, bits) = self.graphs[kind]
+        crops.copy_(x)
+        graph.replay()
+        planes = [m.clone() for m in bits.planes]  # the next replay overwrites the results
+        return {name: value.clone() for name, value in parts.items()}, replace(bits, planes=planes)
 
 # %% ../nbs/10_training.ipynb #779e289e
 def step_seed(seed: int, step: int) -> int:
@@ -221,7 +270,7 @@ def mean_parts(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([parts[name] for parts in passes]).mean() for name in passes[0]}
 
 # %% ../nbs/10_training.ipynb #7ddcc4fd
-def discriminator_step(t: Trainer, images: Sequence[Tensor], fakes: Sequence[Tensor], lr: float) -> dict:
+def discriminator_step(t: Trainer, images: Sequence[Tensor], fakes: Sequence[Tensor]) -> dict[str, Tensor]:
     "Update the discriminator on images and reconstructions (B, 3, H, W) of each pass; return losses by name."
     passes, pairs = [], list(zip(images, fakes, strict=True))
     for x, y in accumulate_passes(t.accelerator, t.discriminator, pairs):
@@ -231,43 +280,58 @@ def discriminator_step(t: Trainer, images: Sequence[Tensor], fakes: Sequence[Ten
         t.accelerator.backward(loss / len(pairs))
         passes.append(parts | {"loss": loss.detach()})
     parts = mean_parts(passes)
-    parts["grad_norm_discriminator"] = optimizer_step(t.discriminator_optimizer, parts.pop("loss"), lr)
+    parts["grad_norm_discriminator"] = optimizer_step(t.discriminator_optimizer, parts.pop("loss"))
     return parts
+
+# %% ../nbs/10_training.ipynb #76df9b24
+def update_networks(
+    t: Trainer,
+    images: Sequence[Tensor],  # one batch per pass, (B, 3, size, size) in [-1, 1]
+    adversarial: bool,         # with the discriminator
+) -> tuple[dict[str, Tensor], Bits]:  # losses and gradient norms by name, the bits of the last pass
+    "Update the tokenizer and the discriminator, without waiting for the device."
+    c = t.config
+    weights = {name: getattr(c, name) for name in LOSS_WEIGHTS}
+    reconstructions, passes = [], []
+    if adversarial:
+        t.raw_discriminator.requires_grad_(False)
+    for number, x in enumerate(accumulate_passes(t.accelerator, t.model, images)):
+        if number:
+            torch.manual_seed(step_seed(c.seed, t.step))  # every pass drops the same scales
+        with t.autocast():
+            y, z, q = t.model(x)
+            logits = t.raw_discriminator(y).float() if adversarial else None
+        pixel_loss, perceptual = PIXEL_LOSSES[c.pixel_loss], t.perceptual and t.distance
+        loss, parts = generator_loss(x, y.float(), z.float(), q, logits, perceptual, pixel_loss=pixel_loss, **weights)
+        t.accelerator.backward(loss / len(images))
+        reconstructions.append(y.detach())
+        passes.append(parts)
+    parts = mean_parts(passes)
+    parts["grad_norm"] = optimizer_step(t.optimizer, parts["loss"])
+    if adversarial:
+        t.raw_discriminator.requires_grad_(True)
+        parts |= discriminator_step(t, images, reconstructions)
+    return parts, q.bits
 
 # %% ../nbs/10_training.ipynb #a7a00639
 def train_step(
     t: Trainer,
     images: Sequence[Tensor],  # one batch per pass, (B, 3, size, size) in [-1, 1]
 ) -> tuple[dict[str, Tensor], Bits]:  # losses and gradient norms by name, the bits of the last pass
-    "Update the tokenizer and, from `discriminator_start` on, the discriminator; raise `TrainingDiverged`."
+    "Take one step, with the discriminator from `discriminator_start` on; a diverged one changes no weight."
     c = t.config
     lr = c.lr * lr_multiplier(c, t.step)
+    set_lr(t.optimizer, lr)
+    if t.discriminator is not None:
+        set_lr(t.discriminator_optimizer, DISCRIMINATOR_LR_RATIO * lr)
     adversarial = t.discriminator is not None and t.step >= c.discriminator_start
-    weights = {name: getattr(c, name) for name in LOSS_WEIGHTS}
-    reconstructions, passes = [], []
-    if adversarial:
-        t.raw_discriminator.requires_grad_(False)
-    for x in accumulate_passes(t.accelerator, t.model, images):
-        torch.manual_seed(step_seed(c.seed, t.step))
-        with t.autocast():
-            y, z, q = t.model(x)
-            logits = t.raw_discriminator(y).float() if adversarial else None
-        pixel_loss = PIXEL_LOSSES[c.pixel_loss]
-        perceptual = t.perceptual and t.distance
-        loss, parts = generator_loss(x, y.float(), z.float(), q, logits, perceptual, pixel_loss=pixel_loss, **weights)
-        t.accelerator.backward(loss / len(images))
-        reconstructions.append(y.detach())
-        passes.append(parts)
-    parts = mean_parts(passes)
-    parts["grad_norm"] = optimizer_step(t.optimizer, parts["loss"], lr)
-    if adversarial:
-        t.raw_discriminator.requires_grad_(True)
-        parts |= discriminator_step(t, images, reconstructions, DISCRIMINATOR_LR_RATIO * lr)
-    check_finite({name: value for name, value in parts.items() if name in ("loss", "hinge") or "norm" in name})
+    torch.manual_seed(step_seed(c.seed, t.step))
+    parts, bits = (t.graphs or update_networks)(t, images, adversarial)
     if t.ema_model:
-        t.ema_model.update_parameters(t.tok)
+        decay = min(c.ema, (1 + t.step) / (10 + t.step))  # forgets the initial weights
+        get_ema_multi_avg_fn(decay)(list(t.ema_model.parameters()), list(t.tok.parameters()), None)
     t.step += 1
-    return parts, q.bits
+    return parts, bits
 
 # %% ../nbs/10_training.ipynb #00ae0ba6
 @patch
@@ -283,10 +347,20 @@ def save_checkpoint(t: Trainer, folder: Path, validation: float) -> None:
     "Write the state of a run, with its validation loss, to a folder of checkpoints, and remove old ones."
     state = {name: part.state_dict() for name, part in t.stateful_parts().items()} | {"step": t.step}
     if t.ema_model:
-        state |= {"vae": t.tok.state_dict(), "averaged": int(t.ema_model.n_averaged)}
+        state["vae"] = t.tok.state_dict()
     files = tokenizer_files(t.eval_model) | {"state.pt": serialize_state(state)}
     write_checkpoint(folder / f"step-{t.step:08}", files, {"step": t.step, "validation": validation})
     prune_checkpoints(folder, t.config.keep_checkpoints)
+
+# %% ../nbs/10_training.ipynb #a50d7198
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    "Restore the moments in the memory layout of their weights; keep the options of this device."
+    (group,) = optimizer.param_groups
+    options = {name: group[name] for name in ("lr", "fused", "capturable")}
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0].update(options)
+    for p, moments in optimizer.state.items():
+        moments |= {n: torch.empty_like(p).copy_(m) for n, m in moments.items() if m.shape == p.shape}
 
 # %% ../nbs/10_training.ipynb #5701c0ff
 def load_checkpoint(t: Trainer, files: Mapping[str, bytes]) -> None:
@@ -297,12 +371,12 @@ def load_checkpoint(t: Trainer, files: Mapping[str, bytes]) -> None:
     try:
         t.tok.load_state_dict(state["vae"] if t.ema_model else weights)
         if t.ema_model:
-            t.ema_model.module.load_state_dict(weights)
-            t.ema_model.n_averaged.fill_(state["averaged"])
+            t.ema_model.load_state_dict(weights)
         for name, part in t.stateful_parts().items():
-            part.load_state_dict(state[name])
-            for p, moments in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                moments |= {n: torch.empty_like(p).copy_(m) for n, m in moments.items() if m.shape == p.shape}
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         t.step = int(state["step"])
     except (KeyError, RuntimeError, ValueError) as e:
         raise CheckpointError(f"the checkpoint belongs to another run: {str(e).splitlines()[0]}") from None
@@ -323,7 +397,7 @@ def validate(t: Trainer, x: Tensor, folder: Path, log: MetricsLog) -> dict[str, 
     if t.perceptual:
         loss = loss + t.config.perceptual_weight * t.perceptual(x, images[-1]).mean()
     if not torch.isfinite(loss):
-        raise TrainingDiverged(f"validation loss {loss.item():.4g}")
+        raise TrainingDiverged(f"step {t.step}: validation loss {loss.item():.4g}")
     grid = sample_grid(x[:4], [y[:4] for y in images])
     (folder / "samples").mkdir(exist_ok=True)
     save_image(grid, folder / "samples" / f"step-{t.step:08}.png")
@@ -423,10 +497,11 @@ class Recorder:
 
 # %% ../nbs/10_training.ipynb #13639693
 def synchronize(t: Trainer, parts: dict, crops: Sequence[Crop], stop: StopSignals) -> tuple[dict, bool, list]:
-    "Return the mean losses, whether to stop, and the unreadable images of all processes."
+    "Return mean losses, whether to stop, unreadable images of all processes; raise `TrainingDiverged`."
     unreadable = [image for _, found in crops for image in found]
     parts = parts | {"stop": stop.check() is not None, "unreadable": len(unreadable)}
     parts = reduce_mean(parts, t.accelerator)
+    check_finite(parts, t.step - 1)
     stopped = parts.pop("stop") > 0
     if parts.pop("unreadable") > 0:
         unreadable = gather_objects(unreadable, t.accelerator)
@@ -442,7 +517,7 @@ def explain_errors(t: Trainer, checkpoints: Path) -> Iterator[None]:
         newest = newest_checkpoint(checkpoints)
         kept = f"{newest[0]} is kept" if newest else "no checkpoint was written yet"
         remedy = "Start in another folder with a lower lr or a longer warmup"
-        raise TrainingDiverged(f"step {t.step}: {e}; {kept}. {remedy}") from None
+        raise TrainingDiverged(f"{e}; {kept}. {remedy}") from None
     except DataError as e:  # a loading process adds its traceback
         raise DataError(str(e).rpartition("DataError: ")[2].strip()) from e
     except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: it died while sending data
@@ -456,11 +531,13 @@ def explain_errors(t: Trainer, checkpoints: Path) -> Iterator[None]:
 def run_steps(t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, recorder, folder: Path):
     "Train to the last step; raise `Interrupted` after the step in which a signal arrived."
     c, device = t.config, t.accelerator.device
+    passes = list(itertools.islice(crops, c.accumulate))
     while t.step < c.steps:
         started = time.monotonic()
-        passes = list(itertools.islice(crops, c.accumulate))
         parts, bits = train_step(t, [crop.x.to(device, non_blocking=True) for crop in passes])
+        following = list(itertools.islice(crops, c.accumulate))  # while the device computes
         parts, stopped, found = synchronize(t, parts, passes, stop)
+        passes = following
         if found:
             unreadable(t.step - 1, round(t.step * t.images_per_step()), found, recorder is not None)
         if recorder:
