@@ -71,7 +71,9 @@ def read_trunk(archive: Path, net: str) -> dict[str, Tensor]:
 
 # %% ../nbs/92_lpips_weights.ipynb #79f9f8d6
 def check_sha256(file: Path, sha256: str = SHA256) -> None:
-    "Raise `ValueError` if a file has another checksum."
+    "Raise `ValueError` for another checksum, `FileNotFoundError` if there is no file."
+    if not file.is_file():
+        raise FileNotFoundError(f"no such package: {file}")
     with file.open("rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != sha256:
