@@ -13,6 +13,7 @@ __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent
 
 # %% ../nbs/10_training.ipynb #7fc98361
 import argparse
+import copy
 import itertools
 import json
 import math
