@@ -8,13 +8,13 @@ __all__ = ['TILE', 'CHUNK', 'MAX_CHUNKS', 'APPLY_TILES', 'WARPS', 'tile_sizes', 
            'combine_gradients', 'input_gradient', 'launch_sizes', 'channels_last', 'group_norm_op',
            'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm']
 
-# %% ../nbs/92_triton_norm.ipynb #77d49b29
+# %% ../nbs/92_triton_norm.ipynb #d8158e58
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# %% ../nbs/92_triton_norm.ipynb #46884f79
+# %% ../nbs/92_triton_norm.ipynb #425eb6bd
 TILE = 4096        # elements that a program reads at once
 CHUNK = 1 << 15    # elements that a program reduces to one row of partial sums
 MAX_CHUNKS = 1024  # per image
@@ -32,7 +32,7 @@ def tile_sizes(
     per_chunk = triton.next_power_of_2(min(per_chunk, tiles))  # few variants to compile
     return rows, cols, per_chunk, triton.cdiv(tiles, per_chunk)
 
-# %% ../nbs/92_triton_norm.ipynb #627a5645
+# %% ../nbs/92_triton_norm.ipynb #2cac59af
 @triton.jit
 def load_tile(pointer, row, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     "Load rows [row, row + ROWS) of an image as float32; return them, their offsets and mask."
@@ -61,7 +61,7 @@ def load_affine(weight, bias, C: tl.constexpr, COLS: tl.constexpr):
     b = tl.load(bias + cols, mask=cols < C, other=0.0)
     return w.to(tl.float32), b.to(tl.float32)
 
-# %% ../nbs/92_triton_norm.ipynb #7bd4ddcf
+# %% ../nbs/92_triton_norm.ipynb #2106c6f6
 @triton.jit
 def chunk_moments(
     x, means, squares, pixels, chunks,
@@ -87,7 +87,7 @@ def chunk_moments(
     tl.store(means + offsets, shift + sums / n, mask=cols < C)
     tl.store(squares + offsets, tl.sum(square, 0) - sums * sums / n, mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #24b50794
+# %% ../nbs/92_triton_norm.ipynb #fb75da7b
 @triton.jit
 def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
                 COLS: tl.constexpr):  # fmt: skip
@@ -101,21 +101,21 @@ def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.cons
 @triton.jit
 def combine_moments(
     means, squares, mean, rstd, pixels, chunks, per_chunk, eps,
-    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     "Write mean and reciprocal standard deviation of one group of one image."
     group, image = tl.program_id(0), tl.program_id(1)
     SIZE: tl.constexpr = C // GROUPS
     total = tl.zeros([ROWS, COLS], tl.float32)
     origin = tl.load(means + (image * chunks).to(tl.int64) * C + group * SIZE)
-    for i in range(0, chunks, ROWS):
+    for i in range(0, STEPS * ROWS, ROWS):
         m, rows, mask = load_chunks(means, image, group, i, chunks, C, SIZE, ROWS, COLS)
         n = tl.minimum(per_chunk, pixels - rows * per_chunk).to(tl.float32)
         total += tl.where(mask, (m - origin) * n, 0.0)
     count = pixels * 1.0 * SIZE
     average = origin + tl.sum(tl.sum(total, 1), 0) / count
     total = tl.zeros([ROWS, COLS], tl.float32)
-    for i in range(0, chunks, ROWS):
+    for i in range(0, STEPS * ROWS, ROWS):
         m, rows, mask = load_chunks(means, image, group, i, chunks, C, SIZE, ROWS, COLS)
         s, rows, mask = load_chunks(squares, image, group, i, chunks, C, SIZE, ROWS, COLS)
         n = tl.minimum(per_chunk, pixels - rows * per_chunk).to(tl.float32)
@@ -124,7 +124,7 @@ def combine_moments(
     tl.store(mean + image * GROUPS + group, average)
     tl.store(rstd + image * GROUPS + group, 1.0 / tl.sqrt_rn(variance + eps))
 
-# %% ../nbs/92_triton_norm.ipynb #998cfa2b
+# %% ../nbs/92_triton_norm.ipynb #b49f7985
 @triton.jit
 def normalize(
     x, y, weight, bias, mean, rstd, pixels, C: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr,
@@ -144,7 +144,7 @@ def normalize(
             u = u * tl.sigmoid(u)
         tl.store(y + row.to(tl.int64) * C + offsets, u.to(y.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #62dfa591
+# %% ../nbs/92_triton_norm.ipynb #44c1b9b6
 @triton.jit
 def gradient_tile(x, dy, row, pixels, m, r, w, b, C: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
                   COLS: tl.constexpr):  # fmt: skip
@@ -182,18 +182,18 @@ def chunk_gradients(
     tl.store(sums + offsets, tl.sum(total, 0), mask=cols < C)
     tl.store(products + offsets, tl.sum(product, 0), mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #98285004
+# %% ../nbs/92_triton_norm.ipynb #f8cfb195
 @triton.jit
 def combine_gradients(
     sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
-    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     "Write the sums of one group's channels over an image, and the two means of its input gradient."
     group, image = tl.program_id(0), tl.program_id(1)
     SIZE: tl.constexpr = C // GROUPS
     total = tl.zeros([ROWS, COLS], tl.float32)
     product = tl.zeros([ROWS, COLS], tl.float32)
-    for i in range(0, chunks, ROWS):
+    for i in range(0, STEPS * ROWS, ROWS):
         total += load_chunks(sums, image, group, i, chunks, C, SIZE, ROWS, COLS)[0]
         product += load_chunks(products, image, group, i, chunks, C, SIZE, ROWS, COLS)[0]
     cols = tl.arange(0, COLS)
@@ -206,7 +206,7 @@ def combine_gradients(
     tl.store(mean_g + image * GROUPS + group, tl.sum(w * s, 0) / count)
     tl.store(mean_gx + image * GROUPS + group, tl.sum(w * p, 0) / count)
 
-# %% ../nbs/92_triton_norm.ipynb #049bb10b
+# %% ../nbs/92_triton_norm.ipynb #ac24eedd
 @triton.jit
 def input_gradient(
     x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -226,7 +226,7 @@ def input_gradient(
         d = r * (w * g - mg - xhat * mgx)
         tl.store(dx + row.to(tl.int64) * C + offsets, d.to(dx.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #b70527b4
+# %% ../nbs/92_triton_norm.ipynb #4f6f1e4d
 APPLY_TILES = 2  # that a program of the second passes writes
 WARPS = 8
 
@@ -237,7 +237,9 @@ def launch_sizes(x: Tensor, groups: int) -> tuple:
     rows, cols, tiles, chunks = tile_sizes(H * W, C)
     shape = {"C": C, "ROWS": rows, "COLS": cols, "num_warps": WARPS}
     size = triton.next_power_of_2(C // groups)
-    combine = {"C": C, "GROUPS": groups, "ROWS": max(1, 1024 // size), "COLS": size, "num_warps": 4}
+    rows_of = min(max(1, 1024 // size), triton.next_power_of_2(chunks))  # chunks that are combined at once
+    steps = triton.next_power_of_2(triton.cdiv(chunks, rows_of))
+    combine = {"C": C, "GROUPS": groups, "ROWS": rows_of, "COLS": size, "STEPS": steps, "num_warps": 4}
     grids = (chunks, B), (groups, B), (triton.cdiv(H * W, rows * APPLY_TILES), B)
     return grids, shape, combine, tiles, chunks
 
@@ -263,7 +265,7 @@ def group_norm_op(
                      **shape)  # fmt: skip
     return y, mean, rstd
 
-# %% ../nbs/92_triton_norm.ipynb #614bf945
+# %% ../nbs/92_triton_norm.ipynb #4e6f64e8
 @torch.library.custom_op("bitvae::group_norm_backward", mutates_args=())
 def group_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
@@ -284,7 +286,7 @@ def group_norm_backward_op(
                           SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
 
-# %% ../nbs/92_triton_norm.ipynb #3a051b80
+# %% ../nbs/92_triton_norm.ipynb #b1b96bce
 @group_norm_op.register_fake
 def _(x, weight, bias, groups, eps, silu):
     stats = x.new_empty((x.shape[0], groups), dtype=torch.float32)
@@ -310,7 +312,7 @@ def backward(ctx, dy, *_):
 
 group_norm_op.register_autograd(backward, setup_context=setup_context)
 
-# %% ../nbs/92_triton_norm.ipynb #8a13d9ec
+# %% ../nbs/92_triton_norm.ipynb #01517cff
 def fused_group_norm(
     x: Tensor,       # (B, C, H, W), float32, bfloat16 or float16; copied if it is not channels-last
     weight: Tensor,  # (C,)
