@@ -8,14 +8,14 @@ __all__ = ['TILE', 'CHUNK', 'MAX_CHUNKS', 'APPLY_TILES', 'WARPS', 'tile_sizes', 
            'combine_gradients', 'input_gradient', 'launch_sizes', 'channels_last', 'group_norm_op',
            'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm', 'add_rows', 'add_bias_op']
 
-# %% ../nbs/92_triton_norm.ipynb #ccc17eae
+# %% ../nbs/92_triton_norm.ipynb #f31260a3
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# %% ../nbs/92_triton_norm.ipynb #2554e0a9
+# %% ../nbs/92_triton_norm.ipynb #0c802611
 TILE = 4096        # elements that a program reads at once
 CHUNK = 1 << 15    # elements that a program reduces to one row of partial sums
 MAX_CHUNKS = 1024  # per image
@@ -33,7 +33,7 @@ def tile_sizes(
     per_chunk = triton.next_power_of_2(min(per_chunk, tiles))  # few variants to compile
     return rows, cols, per_chunk, triton.cdiv(tiles, per_chunk)
 
-# %% ../nbs/92_triton_norm.ipynb #14a25cbd
+# %% ../nbs/92_triton_norm.ipynb #19f74360
 @triton.jit
 def load_tile(pointer, row, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     "Load rows [row, row + ROWS) of an image as float32; return them, their offsets and mask."
@@ -62,7 +62,7 @@ def load_affine(weight, bias, C: tl.constexpr, COLS: tl.constexpr):
     b = tl.load(bias + cols, mask=cols < C, other=0.0)
     return w.to(tl.float32), b.to(tl.float32)
 
-# %% ../nbs/92_triton_norm.ipynb #d0f44c72
+# %% ../nbs/92_triton_norm.ipynb #1531a67a
 @triton.jit
 def chunk_moments(
     x, shift, means, squares, pixels, chunks, SHIFT: tl.constexpr,
@@ -91,7 +91,7 @@ def chunk_moments(
     tl.store(means + offsets, m, mask=cols < C)
     tl.store(squares + offsets, tl.sum(square, 0) - sums * sums / n, mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #257dcabd
+# %% ../nbs/92_triton_norm.ipynb #90c535ef
 @triton.jit
 def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
                 COLS: tl.constexpr):  # fmt: skip
@@ -128,7 +128,7 @@ def combine_moments(
     tl.store(mean + image * GROUPS + group, average)
     tl.store(rstd + image * GROUPS + group, 1.0 / tl.sqrt_rn(variance + eps))
 
-# %% ../nbs/92_triton_norm.ipynb #94c73c36
+# %% ../nbs/92_triton_norm.ipynb #84b5f0ac
 @triton.jit
 def normalize(
     x, y, weight, bias, shift, mean, rstd, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -151,7 +151,7 @@ def normalize(
             u = u * tl.sigmoid(u)
         tl.store(y + row.to(tl.int64) * C + offsets, u.to(y.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #acdde2ae
+# %% ../nbs/92_triton_norm.ipynb #951e40d6
 @triton.jit
 def gradient_tile(x, dy, row, pixels, m, r, w, b, C: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
                   COLS: tl.constexpr):  # fmt: skip
@@ -189,7 +189,7 @@ def chunk_gradients(
     tl.store(sums + offsets, tl.sum(total, 0), mask=cols < C)
     tl.store(products + offsets, tl.sum(product, 0), mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #3dd6b7e4
+# %% ../nbs/92_triton_norm.ipynb #3a1da1fa
 @triton.jit
 def combine_gradients(
     sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
@@ -213,7 +213,7 @@ def combine_gradients(
     tl.store(mean_g + image * GROUPS + group, tl.sum(w * s, 0) / count)
     tl.store(mean_gx + image * GROUPS + group, tl.sum(w * p, 0) / count)
 
-# %% ../nbs/92_triton_norm.ipynb #3d057a49
+# %% ../nbs/92_triton_norm.ipynb #df04c262
 @triton.jit
 def input_gradient(
     x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -233,7 +233,7 @@ def input_gradient(
         d = r * (w * g - mg - xhat * mgx)
         tl.store(dx + row.to(tl.int64) * C + offsets, d.to(dx.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #347071ff
+# %% ../nbs/92_triton_norm.ipynb #9f6c3fe1
 APPLY_TILES = 2  # that a program of the second passes writes
 WARPS = 8
 
@@ -274,7 +274,7 @@ def group_norm_op(
                      TILES=APPLY_TILES, **shape)  # fmt: skip
     return y, mean, rstd
 
-# %% ../nbs/92_triton_norm.ipynb #213f5cda
+# %% ../nbs/92_triton_norm.ipynb #ab44e708
 @torch.library.custom_op("bitvae::group_norm_backward", mutates_args=())
 def group_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
@@ -295,7 +295,7 @@ def group_norm_backward_op(
                           SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
 
-# %% ../nbs/92_triton_norm.ipynb #18db40ab
+# %% ../nbs/92_triton_norm.ipynb #9fd7e2c0
 @group_norm_op.register_fake
 def _(x, weight, bias, groups, eps, silu, shift=None):
     stats = x.new_empty((x.shape[0], groups), dtype=torch.float32)
@@ -323,7 +323,7 @@ def backward(ctx, dy, *_):
 
 group_norm_op.register_autograd(backward, setup_context=setup_context)
 
-# %% ../nbs/92_triton_norm.ipynb #1f513838
+# %% ../nbs/92_triton_norm.ipynb #8e8a1b6f
 def fused_group_norm(
     x: Tensor,       # (B, C, H, W), float32, bfloat16 or float16; copied if it is not channels-last
     weight: Tensor,  # (C,)
@@ -338,7 +338,7 @@ def fused_group_norm(
         raise NotImplementedError("the fused operator has no forward-mode derivative: use F.group_norm")
     return group_norm_op(x, weight, bias, groups, eps, silu, shift)[0]
 
-# %% ../nbs/92_triton_norm.ipynb #c97ef878
+# %% ../nbs/92_triton_norm.ipynb #74e559ee
 @triton.jit
 def add_rows(
     x, bias, residual, y, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr

@@ -248,19 +248,20 @@ def test_compiled_network_has_no_graph_break(backend):
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @torch.no_grad()
-def test_golden_numbers_on_a_gpu(golden):
+def test_golden_numbers_on_a_gpu(golden, request):
     "All bits, except those of values within rounding of zero, and the reconstruction."
     from bitvae import BitVAE
     from bitvae.kernels import optimize
     from bitvae.quantizer import quantize_residual
 
     t = {name: value.to(DEVICE) for name, value in golden("autoencoder.safetensors").items()}
-    tok = optimize(BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense").to(DEVICE))
+    file = request.config.rootpath / "tests/golden/autoencoder.safetensors"
+    tok = optimize(BitVAE.from_pretrained(file, mode="dense").to(DEVICE))
     z = tok.encoder(t["x"])
     assert (z - t["h"]).abs().max() <= 1e-5 * t["h"].abs().max()
     scales = quantize_residual(t["h"], tok.quantizer.schedule(t["h"]))
     for k, (plane, (v, *_)) in enumerate(zip(tok.encode(t["x"]), scales, strict=True)):
-        differ = plane != t[f"bits{k:02d}"].bool()
+        differ = (plane != t[f"bits{k:02d}"].bool()).permute(0, 3, 1, 2)
         assert not differ.any() or v[differ].abs().max() < 1e-5, (k, int(differ.sum()))
     y = tok.decoder(t["zq"])
     assert (y - t["recon"]).abs().max() <= 1e-4 * t["recon"].abs().max()
