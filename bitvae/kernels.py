@@ -52,7 +52,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         scale, shift = scale_and_shift(mean, (var + self.eps).rsqrt(), self.weight, self.bias)
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
 
-# %% ../nbs/91_kernels.ipynb #311492a3
+# %% ../nbs/91_kernels.ipynb #c137033f
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on a CPU
 
 
@@ -77,7 +77,7 @@ class FusedGroupNorm(nn.GroupNorm):
 
         return fused_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu, shift)
 
-# %% ../nbs/91_kernels.ipynb #e12902de
+# %% ../nbs/91_kernels.ipynb #76ad3198
 STEPS = ["x()", "norm1(x,)", "act(norm1,)", "conv1(act,)", "norm2(conv1,)", "act(norm2,)", "conv2(act_1,)",
          "nin_shortcut(x,)", "add(nin_shortcut, conv2)", "output(add,)"]  # fmt: skip
 
@@ -102,7 +102,7 @@ def is_unchanged(layer: nn.Module, cls: type) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is cls and "forward" not in layer.__dict__ and not any(map(len, hooks))
 
-# %% ../nbs/91_kernels.ipynb #57cbf062
+# %% ../nbs/91_kernels.ipynb #c7706f94
 def has_plain_bias(conv: nn.Module) -> bool:
     "Return whether a layer is an `nn.Conv2d` with a bias that can be added later."
     return is_unchanged(conv, nn.Conv2d) and conv.bias is not None

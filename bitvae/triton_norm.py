@@ -8,14 +8,14 @@ __all__ = ['TILE', 'CHUNK', 'MAX_CHUNKS', 'APPLY_TILES', 'WARPS', 'tile_sizes', 
            'combine_gradients', 'input_gradient', 'launch_sizes', 'channels_last', 'group_norm_op',
            'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm', 'add_rows', 'add_bias_op']
 
-# %% ../nbs/92_triton_norm.ipynb #f31260a3
+# %% ../nbs/92_triton_norm.ipynb #167ea4fb
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# %% ../nbs/92_triton_norm.ipynb #0c802611
+# %% ../nbs/92_triton_norm.ipynb #36023046
 TILE = 4096        # elements that a program reads at once
 CHUNK = 1 << 15    # elements that a program reduces to one row of partial sums
 MAX_CHUNKS = 1024  # per image
@@ -33,7 +33,7 @@ def tile_sizes(
     per_chunk = triton.next_power_of_2(min(per_chunk, tiles))  # few variants to compile
     return rows, cols, per_chunk, triton.cdiv(tiles, per_chunk)
 
-# %% ../nbs/92_triton_norm.ipynb #19f74360
+# %% ../nbs/92_triton_norm.ipynb #23d8ff5e
 @triton.jit
 def load_tile(pointer, row, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     "Load rows [row, row + ROWS) of an image as float32; return them, their offsets and mask."
@@ -62,7 +62,7 @@ def load_affine(weight, bias, C: tl.constexpr, COLS: tl.constexpr):
     b = tl.load(bias + cols, mask=cols < C, other=0.0)
     return w.to(tl.float32), b.to(tl.float32)
 
-# %% ../nbs/92_triton_norm.ipynb #1531a67a
+# %% ../nbs/92_triton_norm.ipynb #371da88f
 @triton.jit
 def chunk_moments(
     x, shift, means, squares, pixels, chunks, SHIFT: tl.constexpr,
@@ -91,7 +91,7 @@ def chunk_moments(
     tl.store(means + offsets, m, mask=cols < C)
     tl.store(squares + offsets, tl.sum(square, 0) - sums * sums / n, mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #90c535ef
+# %% ../nbs/92_triton_norm.ipynb #86089057
 @triton.jit
 def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
                 COLS: tl.constexpr):  # fmt: skip
@@ -128,7 +128,7 @@ def combine_moments(
     tl.store(mean + image * GROUPS + group, average)
     tl.store(rstd + image * GROUPS + group, 1.0 / tl.sqrt_rn(variance + eps))
 
-# %% ../nbs/92_triton_norm.ipynb #84b5f0ac
+# %% ../nbs/92_triton_norm.ipynb #6b08d61f
 @triton.jit
 def normalize(
     x, y, weight, bias, shift, mean, rstd, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -151,7 +151,7 @@ def normalize(
             u = u * tl.sigmoid(u)
         tl.store(y + row.to(tl.int64) * C + offsets, u.to(y.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #951e40d6
+# %% ../nbs/92_triton_norm.ipynb #bce65086
 @triton.jit
 def gradient_tile(x, dy, row, pixels, m, r, w, b, C: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
                   COLS: tl.constexpr):  # fmt: skip
@@ -189,7 +189,7 @@ def chunk_gradients(
     tl.store(sums + offsets, tl.sum(total, 0), mask=cols < C)
     tl.store(products + offsets, tl.sum(product, 0), mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #3a1da1fa
+# %% ../nbs/92_triton_norm.ipynb #a5b9b616
 @triton.jit
 def combine_gradients(
     sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
@@ -213,7 +213,7 @@ def combine_gradients(
     tl.store(mean_g + image * GROUPS + group, tl.sum(w * s, 0) / count)
     tl.store(mean_gx + image * GROUPS + group, tl.sum(w * p, 0) / count)
 
-# %% ../nbs/92_triton_norm.ipynb #df04c262
+# %% ../nbs/92_triton_norm.ipynb #511f26dd
 @triton.jit
 def input_gradient(
     x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -233,7 +233,7 @@ def input_gradient(
         d = r * (w * g - mg - xhat * mgx)
         tl.store(dx + row.to(tl.int64) * C + offsets, d.to(dx.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #9f6c3fe1
+# %% ../nbs/92_triton_norm.ipynb #fc8ec128
 APPLY_TILES = 2  # that a program of the second passes writes
 WARPS = 8
 
@@ -267,14 +267,15 @@ def group_norm_op(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     shifted = shift is not None
     shift = shift if shifted else bias  # which is then not read
-    chunk_moments[moments](x, shift, means, squares, pixels, chunks, SHIFT=shifted, TILES=tiles, **shape)
-    per_chunk = tiles * shape["ROWS"]
-    combine_moments[groups_of](means, squares, mean, rstd, pixels, chunks, per_chunk, eps, **combine)
-    normalize[apply](x, y, weight, bias, shift, mean, rstd, pixels, GROUPS=groups, SHIFT=shifted, SILU=silu,
-                     TILES=APPLY_TILES, **shape)  # fmt: skip
+    with torch.cuda.device_of(x):
+        chunk_moments[moments](x, shift, means, squares, pixels, chunks, SHIFT=shifted, TILES=tiles, **shape)
+        per_chunk = tiles * shape["ROWS"]
+        combine_moments[groups_of](means, squares, mean, rstd, pixels, chunks, per_chunk, eps, **combine)
+        normalize[apply](x, y, weight, bias, shift, mean, rstd, pixels, GROUPS=groups, SHIFT=shifted,
+                         SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
     return y, mean, rstd
 
-# %% ../nbs/92_triton_norm.ipynb #ab44e708
+# %% ../nbs/92_triton_norm.ipynb #7475d0d3
 @torch.library.custom_op("bitvae::group_norm_backward", mutates_args=())
 def group_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
@@ -287,15 +288,16 @@ def group_norm_backward_op(
     dbias, dweight = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
     mean_g, mean_gx = torch.empty_like(mean), torch.empty_like(mean)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    chunk_gradients[reduce](x, dy, weight, bias, mean, rstd, sums, products, pixels, chunks, GROUPS=groups,
-                            SILU=silu, TILES=tiles, **shape)  # fmt: skip
-    combine_gradients[groups_of](sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
-                                 **combine)  # fmt: skip
-    input_gradient[apply](x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, GROUPS=groups,
-                          SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
+    with torch.cuda.device_of(x):
+        chunk_gradients[reduce](x, dy, weight, bias, mean, rstd, sums, products, pixels, chunks,
+                                GROUPS=groups, SILU=silu, TILES=tiles, **shape)  # fmt: skip
+        combine_gradients[groups_of](sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
+                                     **combine)  # fmt: skip
+        input_gradient[apply](x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, GROUPS=groups,
+                              SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
 
-# %% ../nbs/92_triton_norm.ipynb #9fd7e2c0
+# %% ../nbs/92_triton_norm.ipynb #79c3a65a
 @group_norm_op.register_fake
 def _(x, weight, bias, groups, eps, silu, shift=None):
     stats = x.new_empty((x.shape[0], groups), dtype=torch.float32)
@@ -323,7 +325,7 @@ def backward(ctx, dy, *_):
 
 group_norm_op.register_autograd(backward, setup_context=setup_context)
 
-# %% ../nbs/92_triton_norm.ipynb #8e8a1b6f
+# %% ../nbs/92_triton_norm.ipynb #17767e84
 def fused_group_norm(
     x: Tensor,       # (B, C, H, W), float32, bfloat16 or float16; copied if it is not channels-last
     weight: Tensor,  # (C,)
@@ -338,7 +340,7 @@ def fused_group_norm(
         raise NotImplementedError("the fused operator has no forward-mode derivative: use F.group_norm")
     return group_norm_op(x, weight, bias, groups, eps, silu, shift)[0]
 
-# %% ../nbs/92_triton_norm.ipynb #74e559ee
+# %% ../nbs/92_triton_norm.ipynb #6fd89d71
 @triton.jit
 def add_rows(
     x, bias, residual, y, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr
@@ -365,7 +367,8 @@ def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     (_, _, apply), shape, *_ = launch_sizes(x, 1)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
-    add_rows[apply](x, bias, residual, y, x.shape[2] * x.shape[3], TILES=APPLY_TILES, **shape)
+    with torch.cuda.device_of(x):
+        add_rows[apply](x, bias, residual, y, x.shape[2] * x.shape[3], TILES=APPLY_TILES, **shape)
     return y
 
 
