@@ -29,6 +29,7 @@ SHAPES = [
 LARGE = [(3, 128, 255, 253), (2, 512, 64, 64), (1, 48, 1024, 1000), (1, 128, 1024, 1024), (5, 768, 17, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
 def test_kernels_in_the_interpreter(request):
     "Run the tests of this file in a process with Triton's interpreter."
