@@ -1,12 +1,12 @@
 # make demo: train and evaluate a tokenizer in minutes | make retrain-demo: train the one in the package again
-# make bench: measure speed against peers | make test | make quick: the tests of minutes | make lab | make export | make clean
+# make bench: measure speed against peers | make gpu: check and time on a GPU | make test | make quick: the tests of minutes | make lab | make export | make clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 # threads that wait must not spin: with several processes on few cores that costs more than it gains
 demo retrain-demo test quick: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo retrain-demo bench test quick lab export clean
+.PHONY: demo retrain-demo bench gpu test quick lab export clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -19,6 +19,9 @@ bench: .venv/installed
 	mkdir -p $$folder && $(BIN)/bitvae run nbs/experiments/benchmark.ipynb $$folder/benchmark.ipynb --set folder=$$folder --set width=128 --set size=256 \
 		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set images=64 --set small=128 --set compiled=true --set large=4096 --set large_width=128 \
 		--set 'counted=[]'
+
+gpu:  # with the machine's own python3 and torch
+	python3 tools/gpu.py --out runs/gpu --minutes 8
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

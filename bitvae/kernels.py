@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SMALL_BYTES', 'INTERPRET', 'STEPS', 'CHECKPOINTED', 'SWAPS', 'CHUNK_BYTES', 'FoldedUpsample', 'ChannelsLastGroupNorm',
-           'runs_fused', 'FusedGroupNorm', 'LayerTracer', 'traced_steps', 'is_unchanged', 'FusedResnetBlock',
-           'CheckpointedResnetBlock', 'CheckpointedFusedBlock', 'checkpoint_activations', 'optimize', 'unoptimize',
-           'chunked_forward', 'retain_malloc_heap']
+           'runs_fused', 'FusedGroupNorm', 'LayerTracer', 'traced_steps', 'is_unchanged', 'has_plain_bias',
+           'FusedResnetBlock', 'CheckpointedResnetBlock', 'CheckpointedFusedBlock', 'checkpoint_activations',
+           'optimize', 'unoptimize', 'chunked_forward', 'retain_malloc_heap']
 
 # %% ../nbs/91_kernels.ipynb #9f05652a
 import ctypes
@@ -52,7 +52,7 @@ class ChannelsLastGroupNorm(nn.GroupNorm):
         scale, shift = scale_and_shift(mean, (var + self.eps).rsqrt(), self.weight, self.bias)
         return torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype)
 
-# %% ../nbs/91_kernels.ipynb #14eb8ce8
+# %% ../nbs/91_kernels.ipynb #c137033f
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on a CPU
 
 
@@ -69,15 +69,15 @@ class FusedGroupNorm(nn.GroupNorm):
     "`nn.GroupNorm` of channels-last feature maps as a Triton operator, on request with SiLU."
     replaces = nn.GroupNorm
 
-    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, silu: bool = False, shift: Tensor | None = None) -> Tensor:
         if self.weight is None or not runs_fused(x):
-            y = super().forward(x)
+            y = super().forward(x if shift is None else x + shift[:, None, None].to(x.dtype))
             return F.silu(y) if silu else y
         from bitvae.triton_norm import fused_group_norm
 
-        return fused_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+        return fused_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu, shift)
 
-# %% ../nbs/91_kernels.ipynb #ee7d1a70
+# %% ../nbs/91_kernels.ipynb #76ad3198
 STEPS = ["x()", "norm1(x,)", "act(norm1,)", "conv1(act,)", "norm2(conv1,)", "act(norm2,)", "conv2(act_1,)",
          "nin_shortcut(x,)", "add(nin_shortcut, conv2)", "output(add,)"]  # fmt: skip
 
@@ -102,7 +102,12 @@ def is_unchanged(layer: nn.Module, cls: type) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is cls and "forward" not in layer.__dict__ and not any(map(len, hooks))
 
-# %% ../nbs/91_kernels.ipynb #6faa9793
+# %% ../nbs/91_kernels.ipynb #c7706f94
+def has_plain_bias(conv: nn.Module) -> bool:
+    "Return whether a layer is an `nn.Conv2d` with a bias that can be added later."
+    return is_unchanged(conv, nn.Conv2d) and conv.bias is not None
+
+
 class FusedResnetBlock(ResnetBlock):
     "`ResnetBlock` with each GroupNorm and SiLU as one operator."
     replaces = ResnetBlock
@@ -116,9 +121,17 @@ class FusedResnetBlock(ResnetBlock):
         norms = is_unchanged(self.norm1, FusedGroupNorm) and is_unchanged(self.norm2, FusedGroupNorm)
         if not (norms and is_unchanged(self.act, nn.SiLU)):
             return super().forward(x)
-        h = self.conv1(self.norm1(x, silu=True))
-        h = self.conv2(self.norm2(h, silu=True))
-        return self.nin_shortcut(x) + h
+        h = self.norm1(x, silu=True)
+        convs = (self.conv1, self.conv2)
+        if torch.is_grad_enabled() or not runs_fused(h) or not all(map(has_plain_bias, convs)):
+            h = self.conv2(self.norm2(self.conv1(h), silu=True))
+            return self.nin_shortcut(x) + h
+        from bitvae.triton_norm import add_bias_op
+
+        h = self.conv1._conv_forward(h, self.conv1.weight, None)
+        h = self.norm2(h, silu=True, shift=self.conv1.bias)
+        h = self.conv2._conv_forward(h, self.conv2.weight, None)
+        return add_bias_op(h, self.conv2.bias, self.nin_shortcut(x))
 
 # %% ../nbs/91_kernels.ipynb #37d7910c
 class CheckpointedResnetBlock(ResnetBlock):

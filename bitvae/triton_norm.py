@@ -6,15 +6,16 @@
 __all__ = ['TILE', 'CHUNK', 'MAX_CHUNKS', 'APPLY_TILES', 'WARPS', 'tile_sizes', 'load_tile', 'load_statistics', 'load_affine',
            'chunk_moments', 'load_chunks', 'combine_moments', 'normalize', 'gradient_tile', 'chunk_gradients',
            'combine_gradients', 'input_gradient', 'launch_sizes', 'channels_last', 'group_norm_op',
-           'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm']
+           'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm', 'add_rows', 'add_bias_op']
 
-# %% ../nbs/92_triton_norm.ipynb #77d49b29
+# %% ../nbs/92_triton_norm.ipynb #167ea4fb
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 
-# %% ../nbs/92_triton_norm.ipynb #46884f79
+# %% ../nbs/92_triton_norm.ipynb #36023046
 TILE = 4096        # elements that a program reads at once
 CHUNK = 1 << 15    # elements that a program reduces to one row of partial sums
 MAX_CHUNKS = 1024  # per image
@@ -32,7 +33,7 @@ def tile_sizes(
     per_chunk = triton.next_power_of_2(min(per_chunk, tiles))  # few variants to compile
     return rows, cols, per_chunk, triton.cdiv(tiles, per_chunk)
 
-# %% ../nbs/92_triton_norm.ipynb #627a5645
+# %% ../nbs/92_triton_norm.ipynb #23d8ff5e
 @triton.jit
 def load_tile(pointer, row, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     "Load rows [row, row + ROWS) of an image as float32; return them, their offsets and mask."
@@ -45,7 +46,7 @@ def load_tile(pointer, row, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: t
 
 @triton.jit
 def load_statistics(mean, rstd, image, C: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.constexpr):
-    "Load mean and reciprocal standard deviation (1, COLS) of each channel's group."
+    "Load mean and reciprocal standard deviation (1, COLS) of each channel's group, or two other such values."
     cols = tl.arange(0, COLS)[None, :]
     offsets = image * GROUPS + cols // (C // GROUPS)
     m = tl.load(mean + offsets, mask=cols < C, other=0.0)
@@ -61,33 +62,36 @@ def load_affine(weight, bias, C: tl.constexpr, COLS: tl.constexpr):
     b = tl.load(bias + cols, mask=cols < C, other=0.0)
     return w.to(tl.float32), b.to(tl.float32)
 
-# %% ../nbs/92_triton_norm.ipynb #7bd4ddcf
+# %% ../nbs/92_triton_norm.ipynb #371da88f
 @triton.jit
 def chunk_moments(
-    x, means, squares, pixels, chunks,
+    x, shift, means, squares, pixels, chunks, SHIFT: tl.constexpr,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    "Write each channel's mean and summed squared deviation over a chunk of an image."
+    "Write each channel's mean, plus its shift, and summed squared deviation over a chunk of an image."
     chunk, image = tl.program_id(0), tl.program_id(1)
     x += image.to(tl.int64) * pixels * C
     start = chunk * TILES * ROWS
     cols = tl.arange(0, COLS)
     first, _, mask = load_tile(x, start, pixels, C, ROWS, COLS)
-    shift = tl.sum(first, 0) / tl.minimum(ROWS, pixels - start)
-    total = tl.where(mask, first - shift[None, :], 0.0)
+    origin = tl.sum(first, 0) / tl.minimum(ROWS, pixels - start)
+    total = tl.where(mask, first - origin[None, :], 0.0)
     square = total * total
     for i in range(1, TILES):
         tile, _, mask = load_tile(x, start + i * ROWS, pixels, C, ROWS, COLS)
-        d = tl.where(mask, tile - shift[None, :], 0.0)
+        d = tl.where(mask, tile - origin[None, :], 0.0)
         total += d
         square += d * d
     n = tl.minimum(TILES * ROWS, pixels - start)
     sums = tl.sum(total, 0)
     offsets = (image * chunks + chunk).to(tl.int64) * C + cols
-    tl.store(means + offsets, shift + sums / n, mask=cols < C)
+    m = origin + sums / n
+    if SHIFT:
+        m += tl.load(shift + cols, mask=cols < C, other=0.0).to(tl.float32)
+    tl.store(means + offsets, m, mask=cols < C)
     tl.store(squares + offsets, tl.sum(square, 0) - sums * sums / n, mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #24b50794
+# %% ../nbs/92_triton_norm.ipynb #86089057
 @triton.jit
 def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
                 COLS: tl.constexpr):  # fmt: skip
@@ -101,21 +105,21 @@ def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.cons
 @triton.jit
 def combine_moments(
     means, squares, mean, rstd, pixels, chunks, per_chunk, eps,
-    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     "Write mean and reciprocal standard deviation of one group of one image."
     group, image = tl.program_id(0), tl.program_id(1)
     SIZE: tl.constexpr = C // GROUPS
     total = tl.zeros([ROWS, COLS], tl.float32)
     origin = tl.load(means + (image * chunks).to(tl.int64) * C + group * SIZE)
-    for i in range(0, chunks, ROWS):
+    for i in range(0, STEPS * ROWS, ROWS):
         m, rows, mask = load_chunks(means, image, group, i, chunks, C, SIZE, ROWS, COLS)
         n = tl.minimum(per_chunk, pixels - rows * per_chunk).to(tl.float32)
         total += tl.where(mask, (m - origin) * n, 0.0)
     count = pixels * 1.0 * SIZE
     average = origin + tl.sum(tl.sum(total, 1), 0) / count
     total = tl.zeros([ROWS, COLS], tl.float32)
-    for i in range(0, chunks, ROWS):
+    for i in range(0, STEPS * ROWS, ROWS):
         m, rows, mask = load_chunks(means, image, group, i, chunks, C, SIZE, ROWS, COLS)
         s, rows, mask = load_chunks(squares, image, group, i, chunks, C, SIZE, ROWS, COLS)
         n = tl.minimum(per_chunk, pixels - rows * per_chunk).to(tl.float32)
@@ -124,11 +128,11 @@ def combine_moments(
     tl.store(mean + image * GROUPS + group, average)
     tl.store(rstd + image * GROUPS + group, 1.0 / tl.sqrt_rn(variance + eps))
 
-# %% ../nbs/92_triton_norm.ipynb #998cfa2b
+# %% ../nbs/92_triton_norm.ipynb #6b08d61f
 @triton.jit
 def normalize(
-    x, y, weight, bias, mean, rstd, pixels, C: tl.constexpr, GROUPS: tl.constexpr, SILU: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
+    x, y, weight, bias, shift, mean, rstd, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     "Write the normalized and activated rows of a program."
     image = tl.program_id(1)
@@ -136,6 +140,9 @@ def normalize(
     y += image.to(tl.int64) * pixels * C
     m, r = load_statistics(mean, rstd, image, C, GROUPS, COLS)
     w, b = load_affine(weight, bias, C, COLS)
+    if SHIFT:
+        cols = tl.arange(0, COLS)[None, :]
+        m -= tl.load(shift + cols, mask=cols < C, other=0.0).to(tl.float32)
     for i in range(TILES):
         row = (tl.program_id(0) * TILES + i) * ROWS
         tile, offsets, mask = load_tile(x, row, pixels, C, ROWS, COLS)
@@ -144,7 +151,7 @@ def normalize(
             u = u * tl.sigmoid(u)
         tl.store(y + row.to(tl.int64) * C + offsets, u.to(y.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #62dfa591
+# %% ../nbs/92_triton_norm.ipynb #bce65086
 @triton.jit
 def gradient_tile(x, dy, row, pixels, m, r, w, b, C: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr,
                   COLS: tl.constexpr):  # fmt: skip
@@ -182,18 +189,18 @@ def chunk_gradients(
     tl.store(sums + offsets, tl.sum(total, 0), mask=cols < C)
     tl.store(products + offsets, tl.sum(product, 0), mask=cols < C)
 
-# %% ../nbs/92_triton_norm.ipynb #98285004
+# %% ../nbs/92_triton_norm.ipynb #a5b9b616
 @triton.jit
 def combine_gradients(
     sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
-    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     "Write the sums of one group's channels over an image, and the two means of its input gradient."
     group, image = tl.program_id(0), tl.program_id(1)
     SIZE: tl.constexpr = C // GROUPS
     total = tl.zeros([ROWS, COLS], tl.float32)
     product = tl.zeros([ROWS, COLS], tl.float32)
-    for i in range(0, chunks, ROWS):
+    for i in range(0, STEPS * ROWS, ROWS):
         total += load_chunks(sums, image, group, i, chunks, C, SIZE, ROWS, COLS)[0]
         product += load_chunks(products, image, group, i, chunks, C, SIZE, ROWS, COLS)[0]
     cols = tl.arange(0, COLS)
@@ -206,7 +213,7 @@ def combine_gradients(
     tl.store(mean_g + image * GROUPS + group, tl.sum(w * s, 0) / count)
     tl.store(mean_gx + image * GROUPS + group, tl.sum(w * p, 0) / count)
 
-# %% ../nbs/92_triton_norm.ipynb #049bb10b
+# %% ../nbs/92_triton_norm.ipynb #511f26dd
 @triton.jit
 def input_gradient(
     x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
@@ -226,7 +233,7 @@ def input_gradient(
         d = r * (w * g - mg - xhat * mgx)
         tl.store(dx + row.to(tl.int64) * C + offsets, d.to(dx.dtype.element_ty), mask=mask)
 
-# %% ../nbs/92_triton_norm.ipynb #b70527b4
+# %% ../nbs/92_triton_norm.ipynb #fc8ec128
 APPLY_TILES = 2  # that a program of the second passes writes
 WARPS = 8
 
@@ -237,7 +244,9 @@ def launch_sizes(x: Tensor, groups: int) -> tuple:
     rows, cols, tiles, chunks = tile_sizes(H * W, C)
     shape = {"C": C, "ROWS": rows, "COLS": cols, "num_warps": WARPS}
     size = triton.next_power_of_2(C // groups)
-    combine = {"C": C, "GROUPS": groups, "ROWS": max(1, 1024 // size), "COLS": size, "num_warps": 4}
+    rows_of = min(max(1, 1024 // size), triton.next_power_of_2(chunks))  # chunks that are combined at once
+    steps = triton.next_power_of_2(triton.cdiv(chunks, rows_of))
+    combine = {"C": C, "GROUPS": groups, "ROWS": rows_of, "COLS": size, "STEPS": steps, "num_warps": 4}
     grids = (chunks, B), (groups, B), (triton.cdiv(H * W, rows * APPLY_TILES), B)
     return grids, shape, combine, tiles, chunks
 
@@ -247,7 +256,7 @@ def channels_last(x: Tensor) -> Tensor: return x.contiguous(memory_format=torch.
 
 @torch.library.custom_op("bitvae::group_norm", mutates_args=())
 def group_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Return the output, and mean and reciprocal standard deviation (B, groups)."
     x = channels_last(x)
@@ -256,14 +265,17 @@ def group_norm_op(
     means, squares = x.new_empty((2, len(x), chunks, x.shape[1]), dtype=torch.float32)
     mean, rstd = (x.new_empty((len(x), groups), dtype=torch.float32) for _ in range(2))
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    chunk_moments[moments](x, means, squares, pixels, chunks, TILES=tiles, **shape)
-    per_chunk = tiles * shape["ROWS"]
-    combine_moments[groups_of](means, squares, mean, rstd, pixels, chunks, per_chunk, eps, **combine)
-    normalize[apply](x, y, weight, bias, mean, rstd, pixels, GROUPS=groups, SILU=silu, TILES=APPLY_TILES,
-                     **shape)  # fmt: skip
+    shifted = shift is not None
+    shift = shift if shifted else bias  # which is then not read
+    with torch.cuda.device_of(x):
+        chunk_moments[moments](x, shift, means, squares, pixels, chunks, SHIFT=shifted, TILES=tiles, **shape)
+        per_chunk = tiles * shape["ROWS"]
+        combine_moments[groups_of](means, squares, mean, rstd, pixels, chunks, per_chunk, eps, **combine)
+        normalize[apply](x, y, weight, bias, shift, mean, rstd, pixels, GROUPS=groups, SHIFT=shifted,
+                         SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
     return y, mean, rstd
 
-# %% ../nbs/92_triton_norm.ipynb #614bf945
+# %% ../nbs/92_triton_norm.ipynb #7475d0d3
 @torch.library.custom_op("bitvae::group_norm_backward", mutates_args=())
 def group_norm_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
@@ -276,17 +288,18 @@ def group_norm_backward_op(
     dbias, dweight = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
     mean_g, mean_gx = torch.empty_like(mean), torch.empty_like(mean)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    chunk_gradients[reduce](x, dy, weight, bias, mean, rstd, sums, products, pixels, chunks, GROUPS=groups,
-                            SILU=silu, TILES=tiles, **shape)  # fmt: skip
-    combine_gradients[groups_of](sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
-                                 **combine)  # fmt: skip
-    input_gradient[apply](x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, GROUPS=groups,
-                          SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
+    with torch.cuda.device_of(x):
+        chunk_gradients[reduce](x, dy, weight, bias, mean, rstd, sums, products, pixels, chunks,
+                                GROUPS=groups, SILU=silu, TILES=tiles, **shape)  # fmt: skip
+        combine_gradients[groups_of](sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
+                                     **combine)  # fmt: skip
+        input_gradient[apply](x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, GROUPS=groups,
+                              SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
 
-# %% ../nbs/92_triton_norm.ipynb #3a051b80
+# %% ../nbs/92_triton_norm.ipynb #79c3a65a
 @group_norm_op.register_fake
-def _(x, weight, bias, groups, eps, silu):
+def _(x, weight, bias, groups, eps, silu, shift=None):
     stats = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.channels_last), stats, torch.empty_like(stats)
 
@@ -298,19 +311,21 @@ def _(dy, x, weight, bias, mean, rstd, groups, silu):
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.groups, _, ctx.silu = inputs
+    x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
+    if shift is not None:
+        raise NotImplementedError("the fused operator has no gradient with a shift: turn gradients off")
     ctx.save_for_backward(x, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def backward(ctx, dy, *_):
     grads = group_norm_backward_op(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 group_norm_op.register_autograd(backward, setup_context=setup_context)
 
-# %% ../nbs/92_triton_norm.ipynb #8a13d9ec
+# %% ../nbs/92_triton_norm.ipynb #17767e84
 def fused_group_norm(
     x: Tensor,       # (B, C, H, W), float32, bfloat16 or float16; copied if it is not channels-last
     weight: Tensor,  # (C,)
@@ -318,6 +333,46 @@ def fused_group_norm(
     groups: int,
     eps: float = 1e-6,
     silu: bool = True,  # activate the output
+    shift: Tensor | None = None,  # (C,), added to x first; without gradients only
 ) -> Tensor:  # (B, C, H, W), channels-last, in the dtype of x
     "Return GroupNorm of a feature map, followed by SiLU if `silu`."
-    return group_norm_op(x, weight, bias, groups, eps, silu)[0]
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        raise NotImplementedError("the fused operator has no forward-mode derivative: use F.group_norm")
+    return group_norm_op(x, weight, bias, groups, eps, silu, shift)[0]
+
+# %% ../nbs/92_triton_norm.ipynb #6fd89d71
+@triton.jit
+def add_rows(
+    x, bias, residual, y, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr
+):
+    "Write the rows of a program: x plus bias plus residual."
+    image = tl.program_id(1)
+    x += image.to(tl.int64) * pixels * C
+    residual += image.to(tl.int64) * pixels * C
+    y += image.to(tl.int64) * pixels * C
+    cols = tl.arange(0, COLS)[None, :]
+    b = tl.load(bias + cols, mask=cols < C, other=0.0).to(tl.float32)
+    for i in range(TILES):
+        row = (tl.program_id(0) * TILES + i) * ROWS
+        tile, offsets, mask = load_tile(x, row, pixels, C, ROWS, COLS)
+        other, offsets, mask = load_tile(residual, row, pixels, C, ROWS, COLS)
+        out = (tile + b + other).to(y.dtype.element_ty)
+        tl.store(y + row.to(tl.int64) * C + offsets, out, mask=mask)
+
+
+@torch.library.custom_op("bitvae::add_bias", mutates_args=())
+def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    "Return x + bias + residual for feature maps (B, C, H, W); without gradients."
+    x, residual = channels_last(x), channels_last(residual)
+    (_, _, apply), shape, *_ = launch_sizes(x, 1)
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    with torch.cuda.device_of(x):
+        add_rows[apply](x, bias, residual, y, x.shape[2] * x.shape[3], TILES=APPLY_TILES, **shape)
+    return y
+
+
+@add_bias_op.register_fake
+def _(x, bias, residual):
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)

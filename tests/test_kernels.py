@@ -16,6 +16,7 @@ DEVICE = "cuda" if GPU else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
 kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs in a process with TRITON_INTERPRET=1")
+BF16 = 2**-8 if GPU else 2**-7  # Triton's interpreter truncates
 SHAPES = [
     (2, 32, 5, 7),
     (2, 24, 1, 1),
@@ -28,6 +29,7 @@ SHAPES = [
 LARGE = [(3, 128, 255, 253), (2, 512, 64, 64), (1, 48, 1024, 1000), (1, 128, 1024, 1024), (5, 768, 17, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRETED, reason="the kernels run in this process")
 def test_kernels_in_the_interpreter(request):
     "Run the tests of this file in a process with Triton's interpreter."
@@ -102,7 +104,7 @@ def test_operator_equals_float64(shape, silu):
 
 
 @kernels
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, BF16), (torch.float16, 2**-11)])
 def test_operator_in_half_precision(dtype, rtol):
     check((2, 48, 9, 3), True, dtype, rtol)
 
@@ -112,7 +114,7 @@ def test_operator_in_half_precision(dtype, rtol):
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 def test_large_feature_maps(shape, dtype):
-    check(shape, True, dtype, 1e-6 if dtype == torch.float32 else 2**-8)
+    check(shape, True, dtype, 1e-6 if dtype == torch.float32 else BF16)
 
 
 @kernels
@@ -123,6 +125,25 @@ def test_results_are_reproducible_and_independent_of_the_batch():
     y = fused_group_norm(x, w, b, 32)
     assert torch.equal(y, fused_group_norm(x, w, b, 32))
     assert torch.equal(y[1:2], fused_group_norm(x[1:2], w, b, 32))
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_biases_are_added_with_the_next_operation(dtype):
+    from bitvae.triton_norm import add_bias_op, fused_group_norm
+
+    x, w, b, residual = tensors((2, 48, 9, 3), dtype)
+    shift, rtol = 3 * torch.randn(48, device=DEVICE), 1e-6 if dtype == torch.float32 else BF16
+    exact = x.double() + shift[:, None, None]
+    norm = plain(exact, w.double(), b.double(), 24)
+    for y, e in (
+        (fused_group_norm(x, w, b, 24, shift=shift), norm),
+        (add_bias_op(x, shift, residual), exact + residual),
+    ):
+        assert y.dtype == dtype and (y - e).abs().max() <= rtol * e.abs().max()
+    torch.library.opcheck(add_bias_op, (x, shift, residual))
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        fused_group_norm(x.requires_grad_(), w, b, 24, shift=shift)
 
 
 @kernels
@@ -168,6 +189,8 @@ def test_optimized_network_equals_the_plain_one(checkpointed):
     y = fast(x)
     y.square().mean().backward()
     torch.testing.assert_close(y.double(), exact(x.double()), rtol=0, atol=1e-5)
+    with torch.no_grad():  # biases are added later
+        torch.testing.assert_close(fast(x).double(), exact(x.double()), rtol=0, atol=1e-5)
     for p, e in zip(fast.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(p.grad.double(), e.grad, rtol=1e-4, atol=1e-6)
     assert {type(m) for m in unoptimize(fast).modules()} == {type(m) for m in net.modules()}
@@ -214,6 +237,8 @@ def test_compiled_network_has_no_graph_break(backend):
     compiled = torch.compile(fast, fullgraph=True, backend=backend)
     y = fast(x)
     torch.testing.assert_close(compiled(x), y, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), y, rtol=1e-4, atol=1e-5)
     expected = torch.autograd.grad(y.square().mean(), list(fast.parameters()))
     ours = torch.autograd.grad(compiled(x).square().mean(), list(fast.parameters()))
     for a, e in zip(ours, expected, strict=True):
@@ -224,19 +249,20 @@ def test_compiled_network_has_no_graph_break(backend):
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @torch.no_grad()
-def test_golden_numbers_on_a_gpu(golden):
+def test_golden_numbers_on_a_gpu(golden, request):
     "All bits, except those of values within rounding of zero, and the reconstruction."
     from bitvae import BitVAE
     from bitvae.kernels import optimize
     from bitvae.quantizer import quantize_residual
 
     t = {name: value.to(DEVICE) for name, value in golden("autoencoder.safetensors").items()}
-    tok = optimize(BitVAE.from_pretrained("tests/golden/autoencoder.safetensors", mode="dense").to(DEVICE))
+    file = request.config.rootpath / "tests/golden/autoencoder.safetensors"
+    tok = optimize(BitVAE.from_pretrained(file, mode="dense").to(DEVICE))
     z = tok.encoder(t["x"])
     assert (z - t["h"]).abs().max() <= 1e-5 * t["h"].abs().max()
     scales = quantize_residual(t["h"], tok.quantizer.schedule(t["h"]))
     for k, (plane, (v, *_)) in enumerate(zip(tok.encode(t["x"]), scales, strict=True)):
-        differ = plane != t[f"bits{k:02d}"].bool()
+        differ = (plane != t[f"bits{k:02d}"].bool()).permute(0, 3, 1, 2)
         assert not differ.any() or v[differ].abs().max() < 1e-5, (k, int(differ.sum()))
     y = tok.decoder(t["zq"])
     assert (y - t["recon"]).abs().max() <= 1e-4 * t["recon"].abs().max()
