@@ -123,7 +123,7 @@ class FusedResnetBlock(ResnetBlock):
             return super().forward(x)
         h = self.norm1(x, silu=True)
         convs = (self.conv1, self.conv2)
-        if torch.is_grad_enabled() or not runs_fused(h) or not all(map(has_plain_bias, convs)):
+        if not runs_fused(h) or not all(map(has_plain_bias, convs)):
             h = self.conv2(self.norm2(self.conv1(h), silu=True))
             return self.nin_shortcut(x) + h
         from bitvae.triton_norm import add_bias_op

@@ -6,7 +6,8 @@
 __all__ = ['TILE', 'CHUNK', 'MAX_CHUNKS', 'APPLY_TILES', 'WARPS', 'tile_sizes', 'load_tile', 'load_statistics', 'load_affine',
            'chunk_moments', 'load_chunks', 'combine_moments', 'normalize', 'gradient_tile', 'chunk_gradients',
            'combine_gradients', 'input_gradient', 'launch_sizes', 'channels_last', 'group_norm_op',
-           'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm', 'add_rows', 'add_bias_op']
+           'group_norm_backward_op', 'setup_context', 'backward', 'fused_group_norm', 'add_rows', 'add_bias_op',
+           'remember_dtypes', 'add_bias_backward']
 
 # %% ../nbs/92_triton_norm.ipynb #167ea4fb
 import torch
@@ -168,32 +169,40 @@ def gradient_tile(x, dy, row, pixels, m, r, w, b, C: tl.constexpr, SILU: tl.cons
 
 @triton.jit
 def chunk_gradients(
-    x, dy, weight, bias, mean, rstd, sums, products, pixels, chunks, C: tl.constexpr, GROUPS: tl.constexpr,
-    SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
+    x, dy, weight, bias, shift, mean, rstd, sums, products, inputs, pixels, chunks, C: tl.constexpr,
+    GROUPS: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    "Write each channel's sums of the gradient, and of gradient times normalized input, over a chunk."
+    "Write each channel's sums of the gradient, of gradient times normalized input, and of the latter."
     chunk, image = tl.program_id(0), tl.program_id(1)
     x += image.to(tl.int64) * pixels * C
     dy += image.to(tl.int64) * pixels * C
     m, r = load_statistics(mean, rstd, image, C, GROUPS, COLS)
     w, b = load_affine(weight, bias, C, COLS)
+    cols = tl.arange(0, COLS)
+    if SHIFT:
+        m -= tl.load(shift + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, COLS], tl.float32)
     product = tl.zeros([ROWS, COLS], tl.float32)
+    inputs_total = tl.zeros([ROWS, COLS], tl.float32)
     for i in range(TILES):
         row = (chunk * TILES + i) * ROWS
         g, xhat, _, _ = gradient_tile(x, dy, row, pixels, m, r, w, b, C, SILU, ROWS, COLS)
         total += g
         product += g * xhat
-    cols = tl.arange(0, COLS)
+        inputs_total += xhat
     offsets = (image * chunks + chunk).to(tl.int64) * C + cols
     tl.store(sums + offsets, tl.sum(total, 0), mask=cols < C)
     tl.store(products + offsets, tl.sum(product, 0), mask=cols < C)
+    if SHIFT:
+        tl.store(inputs + offsets, tl.sum(inputs_total, 0), mask=cols < C)
 
 # %% ../nbs/92_triton_norm.ipynb #a5b9b616
 @triton.jit
 def combine_gradients(
-    sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
-    C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEPS: tl.constexpr,
+    sums, products, inputs, weight, rstd, dbias, dweight, dshift, mean_g, mean_gx, pixels, chunks,
+    C: tl.constexpr, GROUPS: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     "Write the sums of one group's channels over an image, and the two means of its input gradient."
     group, image = tl.program_id(0), tl.program_id(1)
@@ -210,14 +219,22 @@ def combine_gradients(
     tl.store(dweight + offsets, p, mask=cols < SIZE)
     w = tl.load(weight + group * SIZE + cols, mask=cols < SIZE, other=0.0).to(tl.float32)
     count = pixels * 1.0 * SIZE
-    tl.store(mean_g + image * GROUPS + group, tl.sum(w * s, 0) / count)
-    tl.store(mean_gx + image * GROUPS + group, tl.sum(w * p, 0) / count)
+    g, gx = tl.sum(w * s, 0) / count, tl.sum(w * p, 0) / count
+    tl.store(mean_g + image * GROUPS + group, g)
+    tl.store(mean_gx + image * GROUPS + group, gx)
+    if SHIFT:  # the sum of the input gradient
+        xhat = tl.zeros([ROWS, COLS], tl.float32)
+        for i in range(0, STEPS * ROWS, ROWS):
+            xhat += load_chunks(inputs, image, group, i, chunks, C, SIZE, ROWS, COLS)[0]
+        r = tl.load(rstd + image * GROUPS + group)
+        tl.store(dshift + offsets, r * (w * s - pixels * g - tl.sum(xhat, 0) * gx), mask=cols < SIZE)
 
 # %% ../nbs/92_triton_norm.ipynb #511f26dd
 @triton.jit
 def input_gradient(
-    x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, C: tl.constexpr, GROUPS: tl.constexpr,
-    SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILES: tl.constexpr,
+    x, dy, dx, weight, bias, shift, mean, rstd, mean_g, mean_gx, pixels, C: tl.constexpr,
+    GROUPS: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
     "Write the gradient of the input rows of a program."
     image = tl.program_id(1)
@@ -227,6 +244,9 @@ def input_gradient(
     m, r = load_statistics(mean, rstd, image, C, GROUPS, COLS)
     w, b = load_affine(weight, bias, C, COLS)
     mg, mgx = load_statistics(mean_g, mean_gx, image, C, GROUPS, COLS)
+    if SHIFT:
+        cols = tl.arange(0, COLS)[None, :]
+        m -= tl.load(shift + cols, mask=cols < C, other=0.0).to(tl.float32)
     for i in range(TILES):
         row = (tl.program_id(0) * TILES + i) * ROWS
         g, xhat, offsets, mask = gradient_tile(x, dy, row, pixels, m, r, w, b, C, SILU, ROWS, COLS)
@@ -278,24 +298,28 @@ def group_norm_op(
 # %% ../nbs/92_triton_norm.ipynb #7475d0d3
 @torch.library.custom_op("bitvae::group_norm_backward", mutates_args=())
 def group_norm_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    "Return the gradients of input, weight and bias."
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int, silu: bool,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Return the gradients of input, weight, bias and shift; the last is zero without a shift."
     x, dy = channels_last(x), channels_last(dy)
     (reduce, groups_of, apply), shape, combine, tiles, chunks = launch_sizes(x, groups)
     pixels = x.shape[2] * x.shape[3]
-    sums, products = x.new_empty((2, len(x), chunks, x.shape[1]), dtype=torch.float32)
-    dbias, dweight = x.new_empty((2, *x.shape[:2]), dtype=torch.float32)
+    shifted = shift is not None
+    shift = shift if shifted else bias  # which is then not read
+    sums, products, inputs = x.new_empty((3, len(x), chunks, x.shape[1]), dtype=torch.float32)
+    dbias, dweight, dshift = x.new_empty((3, *x.shape[:2]), dtype=torch.float32)
     mean_g, mean_gx = torch.empty_like(mean), torch.empty_like(mean)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
-        chunk_gradients[reduce](x, dy, weight, bias, mean, rstd, sums, products, pixels, chunks,
-                                GROUPS=groups, SILU=silu, TILES=tiles, **shape)  # fmt: skip
-        combine_gradients[groups_of](sums, products, weight, dbias, dweight, mean_g, mean_gx, pixels, chunks,
-                                     **combine)  # fmt: skip
-        input_gradient[apply](x, dy, dx, weight, bias, mean, rstd, mean_g, mean_gx, pixels, GROUPS=groups,
-                              SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
+        chunk_gradients[reduce](x, dy, weight, bias, shift, mean, rstd, sums, products, inputs, pixels, chunks,
+                                GROUPS=groups, SHIFT=shifted, SILU=silu, TILES=tiles, **shape)  # fmt: skip
+        combine_gradients[groups_of](sums, products, inputs, weight, rstd, dbias, dweight, dshift, mean_g,
+                                     mean_gx, pixels, chunks, SHIFT=shifted, **combine)  # fmt: skip
+        input_gradient[apply](x, dy, dx, weight, bias, shift, mean, rstd, mean_g, mean_gx, pixels,
+                              GROUPS=groups, SHIFT=shifted, SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
+    dshift = dshift.sum(0).to(shift.dtype) if shifted else shift.new_zeros(())
+    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dshift
 
 # %% ../nbs/92_triton_norm.ipynb #79c3a65a
 @group_norm_op.register_fake
@@ -305,22 +329,22 @@ def _(x, weight, bias, groups, eps, silu, shift=None):
 
 
 @group_norm_backward_op.register_fake
-def _(dy, x, weight, bias, mean, rstd, groups, silu):
+def _(dy, x, weight, bias, mean, rstd, groups, silu, shift=None):
+    dshift = bias.new_empty(()) if shift is None else torch.empty_like(shift)
     return (torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight),
-            torch.empty_like(bias))  # fmt: skip
+            torch.empty_like(bias), dshift)  # fmt: skip
 
 
 def setup_context(ctx, inputs, output):
     x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
-    if shift is not None:
-        raise NotImplementedError("the fused operator has no gradient with a shift: turn gradients off")
-    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.save_for_backward(x, weight, bias, *output[1:], shift)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def backward(ctx, dy, *_):
-    grads = group_norm_backward_op(dy, *ctx.saved_tensors, ctx.groups, ctx.silu)
-    return (*grads, None, None, None, None)
+    *saved, shift = ctx.saved_tensors
+    *grads, dshift = group_norm_backward_op(dy, *saved, ctx.groups, ctx.silu, shift)
+    return (*grads, None, None, None, None if shift is None else dshift)
 
 
 group_norm_op.register_autograd(backward, setup_context=setup_context)
@@ -333,7 +357,7 @@ def fused_group_norm(
     groups: int,
     eps: float = 1e-6,
     silu: bool = True,  # activate the output
-    shift: Tensor | None = None,  # (C,), added to x first; without gradients only
+    shift: Tensor | None = None,  # (C,), added to x first
 ) -> Tensor:  # (B, C, H, W), channels-last, in the dtype of x
     "Return GroupNorm of a feature map, followed by SiLU if `silu`."
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
@@ -362,7 +386,7 @@ def add_rows(
 
 @torch.library.custom_op("bitvae::add_bias", mutates_args=())
 def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    "Return x + bias + residual for feature maps (B, C, H, W); without gradients."
+    "Return x + bias + residual for feature maps (B, C, H, W)."
     x, residual = channels_last(x), channels_last(residual)
     (_, _, apply), shape, *_ = launch_sizes(x, 1)
     dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -376,3 +400,14 @@ def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
 def _(x, bias, residual):
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+
+
+def remember_dtypes(ctx, inputs, output): ctx.dtypes = [t.dtype for t in inputs]
+
+
+def add_bias_backward(ctx, dy):
+    x, bias, residual = ctx.dtypes
+    return dy.to(x), dy.sum((0, 2, 3), dtype=torch.float32).to(bias), dy.to(residual)
+
+
+add_bias_op.register_autograd(add_bias_backward, setup_context=remember_dtypes)

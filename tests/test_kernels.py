@@ -142,8 +142,32 @@ def test_biases_are_added_with_the_next_operation(dtype):
     ):
         assert y.dtype == dtype and (y - e).abs().max() <= rtol * e.abs().max()
     torch.library.opcheck(add_bias_op, (x, shift, residual))
-    with pytest.raises(NotImplementedError, match="no gradient"):
-        fused_group_norm(x.requires_grad_(), w, b, 24, shift=shift)
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 48, 9, 3), (2, 96, 33, 17)], ids=str)
+def test_gradients_of_added_biases(shape, dtype):
+    from bitvae.triton_norm import add_bias_op, fused_group_norm
+
+    x, w, b, dy = tensors(shape, dtype)
+    shift, groups = torch.randn(shape[1], device=DEVICE), groups_of(shape[1])
+    rtol = 2e-6 if dtype == torch.float32 else BF16
+
+    def norm(x, w, b, shift): return fused_group_norm(x, w, b, groups, shift=shift)
+    def plain_norm(x, w, b, shift): return plain(x + shift[:, None, None], w, b, groups)
+    def plain_add(x, shift, residual): return x + shift[:, None, None] + residual
+
+    inputs = (x, w, b, shift)
+    for ours, exact, leaves in ((norm, plain_norm, inputs), (add_bias_op, plain_add, (x, shift, dy))):
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
+        double = [t.detach().double().requires_grad_() for t in leaves]
+        g = torch.autograd.grad(ours(*leaves), leaves, dy)
+        e = torch.autograd.grad(exact(*double), double, dy.double())
+        for i, (a, b_) in enumerate(zip(g, e, strict=True)):
+            assert a.dtype == leaves[i].dtype
+            size = (dy.double().square().sum((0, 2, 3)).sqrt().max() * 10 if a.ndim == 1 else b_.abs().max())
+            assert (a - b_).abs().max() <= rtol * size, (i, ((a - b_).abs().max() / size).item())
 
 
 @kernels
