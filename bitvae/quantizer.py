@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bits import Bits
+from .bits import Bits, patch
 from .schedules import Schedule, Size, scale_schedule
 
 # %% ../nbs/03_quantizer.ipynb #ae30cacc
@@ -160,6 +160,7 @@ class MultiScaleBSQ(nn.Module):
         drop_rate: float = 0.5,          # probability of dropping a scale in training
         keep_last: bool = True,          # never drop the last scale
         prefix_rate: float = 0.0,        # fraction of a training batch that is decoded from a prefix
+        gradient: str = "scales",        # of the quantized latent: through every "scales", or to the "latent"
         detach_residual: bool = False,   # stop the gradient through the subtracted codes
         commitment_weight: float = 0.25, # of the commitment loss, see `scale_loss`
         entropy_weight: float = 0.1,     # of the entropy penalty
@@ -175,6 +176,7 @@ class MultiScaleBSQ(nn.Module):
         self.drop_rate = drop_rate
         self.keep_last = keep_last
         self.prefix_rate = prefix_rate
+        self.gradient = gradient
         self.detach_residual = detach_residual
         self.commitment_weight = commitment_weight
         self.entropy_weight = entropy_weight
@@ -196,6 +198,20 @@ class Quantized(NamedTuple):
     bits: Bits      # one token map per kept scale
     losses: Tensor  # (kept scales,); zeros in eval mode
     z_full: Tensor  # sum of all kept scales; differs from z for images that are decoded from a prefix
+
+# %% ../nbs/03_quantizer.ipynb #c24fada0
+@patch
+def decoder_input(self: MultiScaleBSQ, z: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
+    "Return the training input of the decoder and the sum of all scales, from the sums of all prefixes."
+    chosen = torch.zeros(len(sums), len(z), device=z.device)
+    chosen[-1] = 1.0
+    if self.prefix_rate:
+        prefixes = sample_prefixes(len(z), len(sums), self.prefix_rate, z.device)
+        chosen = (torch.arange(1, len(sums) + 1, device=z.device)[:, None] == prefixes).float()
+    z_q = torch.einsum("kb,kbdhw->bdhw", chosen, torch.stack(sums)) if self.prefix_rate else sums[-1]
+    if self.gradient == "latent":
+        z_q = z_q.detach() + chosen[-1, :, None, None, None] * (z - z.detach())
+    return z_q, sums[-1]
 
 # %% ../nbs/03_quantizer.ipynb #4b7e90d2
 def forward(
@@ -220,14 +236,9 @@ def forward(
             sums.append(sums[-1] + codes if sums else codes)
             token_maps.append(token_map)
             losses.append(scale_loss(v, *weights).loss if self.training else v.new_zeros(()))
-    z_full = sums[-1].contiguous()
     bits = Bits(token_maps, kept, tuple(z.shape[-2:]))
-    if not (self.training and self.prefix_rate):
-        return Quantized(z_full, bits, torch.stack(losses), z_full)
-    prefixes = sample_prefixes(len(z), len(kept), self.prefix_rate, z.device)
-    chosen = torch.arange(1, len(kept) + 1, device=z.device)[:, None] == prefixes  # (kept scales, B)
-    z_q = torch.einsum("kb,kbdhw->bdhw", chosen.float(), torch.stack(sums))
-    return Quantized(z_q.contiguous(), bits, torch.stack(losses), z_full)
+    z_q, z_full = self.decoder_input(z, sums) if self.training else sums[-1:] * 2
+    return Quantized(z_q.contiguous(), bits, torch.stack(losses), z_full.contiguous())
 
 # %% ../nbs/03_quantizer.ipynb #472adb87
 @torch.no_grad()

@@ -41,6 +41,7 @@ class TrainConfig:
     train_mode: str = "dense"          # schedule in training, see `scale_schedule`
     drop_rate: float = 0.5             # probability of dropping a scale; the last one is kept
     prefix_rate: float = 0.0           # fraction of a batch that is decoded from a random prefix of the scales
+    gradient: str = "scales"           # of the quantized latent: through every scale, or to the "latent"
     size: int | tuple[int, ...] = 256  # side of a crop, pixels; with several sizes, each step samples one
     batch: int | tuple[int, ...] = 8   # crops per pass and process, for each size
     accumulate: int = 1                # passes per step; their gradients are averaged
@@ -82,6 +83,7 @@ class TrainConfig:
 CHOICES = {
     "freeze": ("none", "encoder", "decoder"), "lr_decay": ("step", "cosine"),
     "pixel_loss": ("l1", "mse"), "precision": ("float32", "bf16"),
+    "gradient": ("scales", "latent"),
 }  # fmt: skip
 RANGES = {  # wanted: predicate, fields
     "in [0, 1)": (lambda v: 0 <= v < 1, "drop_rate prefix_rate warmup ema"),
@@ -155,16 +157,16 @@ SMOKE = replace(
 # %% ../nbs/09_recipes.ipynb #179e46a0
 DEMO1 = TrainConfig(
     name="demo_stage1",
-    model=BitVAEConfig(dim=32, channels=32, encoder_multipliers=(1, 2, 4, 4, 4),
-                       decoder_multipliers=(1, 2, 4, 6, 6), res_blocks=1),
-    train_mode="dynamic", drop_rate=0.0, prefix_rate=0.2, batch=32, max_zoom=2.25, full_image_prob=0.3,
-    color_jitter=0.1, device_crops=True, steps=4000, lr=1e-3, warmup=0.03, lr_decay="cosine", ema=0.999,
-    pixel_loss="l1", perceptual="none", discriminator_start=None, latent_mse_weight=1.0,
-    init_latent_norm=3.0, precision="bf16", checkpoint_every=1000,
+    model=BitVAEConfig(dim=6, channels=48, encoder_multipliers=(1, 1, 2, 2), decoder_multipliers=(1, 1, 2, 4),
+                       res_blocks=1, stride=8),
+    train_mode="dynamic", drop_rate=0.0, prefix_rate=0.15, gradient="latent", batch=16, max_zoom=2.25,
+    full_image_prob=0.3, color_jitter=0.1, device_crops=True, steps=6000, lr=6e-4, warmup=0.02,
+    lr_decay="cosine", ema=0.999, perceptual="none", discriminator_start=None, latent_mse_weight=1.0,
+    init_latent_norm=3.0, precision="bf16", cuda_graph=True, checkpoint_every=1000,
 )  # fmt: skip
 DEMO2 = replace(
-    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, lr=3e-4, steps=2000,
-    perceptual="lpips", perceptual_weight=0.5, discriminator_start=300, adversarial_weight=0.05,
+    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, lr=3e-4, steps=3000,
+    perceptual="lpips", perceptual_weight=0.5, discriminator_start=300, adversarial_weight=0.03,
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #13984f0c

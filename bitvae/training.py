@@ -126,6 +126,7 @@ def prepare_model(tok: BitVAE, config: TrainConfig, device: torch.device) -> Bit
     tok.quantizer.mode = config.train_mode  # the quantizer itself stays, with its loss weights
     tok.quantizer.drop_rate = config.drop_rate
     tok.quantizer.prefix_rate = config.prefix_rate
+    tok.quantizer.gradient = config.gradient
     optimize(tok.to(device))
     if config.freeze != "none":
         getattr(tok, config.freeze).requires_grad_(False)
