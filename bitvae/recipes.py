@@ -160,13 +160,15 @@ DEMO1 = TrainConfig(
     model=BitVAEConfig(dim=6, channels=48, encoder_multipliers=(1, 1, 2, 2), decoder_multipliers=(1, 1, 2, 4),
                        res_blocks=1, stride=8),
     train_mode="dynamic", drop_rate=0.0, prefix_rate=0.15, gradient="latent", batch=16, max_zoom=2.25,
-    full_image_prob=0.3, color_jitter=0.1, device_crops=True, steps=6000, lr=6e-4, warmup=0.02,
-    lr_decay="cosine", ema=0.999, perceptual="none", discriminator_start=None, latent_mse_weight=1.0,
-    init_latent_norm=3.0, precision="bf16", cuda_graph=True, checkpoint_every=1000,
+    full_image_prob=0.3, color_jitter=0.2, device_crops=True, steps=6233, lr=5e-4, warmup=0.02,
+    lr_decay="cosine", ema=0.999, pixel_loss="mse", pixel_weight=5.0, perceptual="none",
+    discriminator_start=None, quantizer_weight=1.0, latent_mse_weight=1.0, init_latent_norm=3.0,
+    precision="bf16", cuda_graph=True, checkpoint_every=1000,
 )  # fmt: skip
 DEMO2 = replace(
-    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, lr=3e-4, steps=3000,
-    perceptual="lpips", perceptual_weight=0.5, discriminator_start=300, adversarial_weight=0.03,
+    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, freeze="encoder", batch=1, steps=1700,
+    lr=2e-4, warmup=0.03, ema=0.998, prefix_rate=0.2, color_jitter=0.1, pixel_loss="l1", pixel_weight=1.0,
+    perceptual="lpips", perceptual_weight=0.4, cuda_graph=False, checkpoint_every=250,
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #13984f0c

@@ -17,13 +17,13 @@ from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = Path("nbs/experiments")
-CARD = Path("benchmarks/demo-tokenizer")
-PROCESSES = 2  # as in the original training: sums over a step's batch then round in the same order
+SHORT = {"size": 32, "batch": 2, "perceptual": "none", "checkpoint_every": 1000}  # a try: no weights, no GPU
 
 
 def train_stages(
     folder: Path,
-    steps: int | None,  # of each stage, instead of the recipe's
+    images: str,
+    steps: int | None,  # of each stage, on small crops, instead of the recipe's
 ) -> Path:  # the second stage's run
     "Train both stages; resume each from its last checkpoint."
     runs = [folder / "stage1", folder / "stage2"]
@@ -31,11 +31,10 @@ def train_stages(
         if (run / "tokenizer" / "config.json").exists() and (run / "train.ipynb").exists():
             print(f"stage {n} is already trained: {run}")
             continue
-        overrides = {"steps": steps} if steps else {}
+        overrides = SHORT | {"steps": steps} if steps else {}
         if n == 2:
             overrides["init_from"] = str(runs[0])
-        parameters = {"recipe": f"demo_stage{n}", "overrides": overrides, "processes": PROCESSES}
-        parameters |= {"images": str(CARD / "photographs"), "folder": str(run)}
+        parameters = {"recipe": f"demo_stage{n}", "overrides": overrides, "images": images, "folder": str(run)}
         print(f"stage {n}:")
         run_notebook(NOTEBOOKS / "train.ipynb", run / "train.ipynb", **parameters)
     return runs[1]
@@ -50,18 +49,20 @@ def same_weights(a: BitVAE, b: BitVAE) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo-tokenizer")
+    parser.add_argument("--images", type=Path, default=Path("runs/photographs"), help="from tools/photographs.py")
     parser.add_argument("--steps", type=int, help="of each stage, for a short try without evaluation")
     args = parser.parse_args()
     started, folder = time.monotonic(), args.folder.resolve()
     os.chdir(ROOT)  # records then hold no absolute path
+    if not args.steps and not args.images.is_dir():
+        sys.exit(f"{args.images} is missing: python tools/photographs.py --out {args.images}")
+    images = "bundled" if args.steps else str(args.images)
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     made = folder / "demo"
-    BitVAE.from_pretrained(train_stages(folder, args.steps)).half().save_pretrained(made)
+    BitVAE.from_pretrained(train_stages(folder, images, args.steps)).half().save_pretrained(made)
     if not args.steps:
-        coder = fit_coder(BitVAE.from_pretrained(made), str(CARD / "photographs"))
-        save_coder(coder, made / CODER_FILE)
-        metrics = ["psnr", "ssim", "ms_ssim", "efficientnet"]
-        parameters = {"tokenizer": str(made), "folder": str(folder), "metrics": metrics}
+        save_coder(fit_coder(BitVAE.from_pretrained(made), images), made / CODER_FILE)
+        parameters = {"tokenizer": str(made), "folder": str(folder), "metrics": ["psnr", "ssim", "lpips"]}
         run_notebook(NOTEBOOKS / "evaluate.ipynb", folder / "evaluate.ipynb", **parameters)
         print(f"\n{results_table(json.loads((folder / 'metrics.json').read_text()))}\n")
     same = same_weights(BitVAE.from_pretrained(made), BitVAE.from_pretrained("demo"))
