@@ -479,7 +479,8 @@ class DeviceCrops:
                 pixels.append(torch.from_numpy(image).flatten(0, 1))
                 offset += len(pixels[-1])
         if not pixels:
-            raise DataError(f"no image can be used, the last one: {(self.unreadable or [('', 'none given')])[-1][1]}")
+            last = self.unreadable[-1][1] if self.unreadable else "none is given"
+            raise DataError(f"no image can be used, the last one: {last}")
         self.pixels = torch.cat(pixels).to(self.device)
 
     def load(self, files: Sequence[Path | ImageBytes]) -> list[dict | Exception]:
@@ -495,8 +496,8 @@ class DeviceCrops:
 
 # %% ../nbs/08_data.ipynb #b4605622
 @patch
-def locate(self: DeviceCrops, n: int, size: int) -> tuple[int, int, bool]:  # first pixel, pixels per row, mirror
-    "Choose crop number n of the run."
+def locate(self: DeviceCrops, n: int, size: int) -> tuple[int, int, bool]:
+    "Choose crop number n of the run: its first pixel, the pixels per row of its image, whether to mirror."
     epoch, position = divmod(n, len(self.images))
     stored = self.images[epoch_order(len(self.images), self.plan.seed, epoch)[position]]
     u = np.random.default_rng([self.plan.seed, 1, n]).random(5)
@@ -546,7 +547,7 @@ def jitter_batch(
 
 # %% ../nbs/08_data.ipynb #b62b6536
 @patch
-def stream(self: DeviceCrops, steps: range) -> Iterator[Crop]:
+def batches(self: DeviceCrops, steps: range) -> Iterator[Crop]:
     "Yield the micro-batches of some steps; the first one reports the unreadable images."
     unreadable = tuple(self.unreadable)
     for index in range(steps.start * self.plan.accumulate, steps.stop * self.plan.accumulate):

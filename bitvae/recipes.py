@@ -40,7 +40,7 @@ class TrainConfig:
 
     train_mode: str = "dense"          # schedule in training, see `scale_schedule`
     drop_rate: float = 0.5             # probability of dropping a scale; the last one is kept
-    prefix_rate: float = 0.0           # fraction of a batch that is decoded from a random prefix of the scales
+    prefix_rate: float = 0.0           # fraction of a batch that is decoded from a prefix of the scales
     gradient: str = "scales"           # of the quantized latent: through every scale, or to the "latent"
     size: int | tuple[int, ...] = 256  # side of a crop, pixels; with several sizes, each step samples one
     batch: int | tuple[int, ...] = 8   # crops per pass and process, for each size
@@ -89,7 +89,8 @@ RANGES = {  # wanted: predicate, fields
     "in [0, 1)": (lambda v: 0 <= v < 1, "drop_rate prefix_rate warmup ema"),
     "in [0, 1]": (lambda v: 0 <= v <= 1, "full_image_prob color_jitter max_unreadable lr_drop"),
     "at least 1": (lambda v: 1 <= v < inf, "accumulate steps checkpoint_every keep_checkpoints max_zoom"),
-    "zero or positive": (lambda v: 0 <= v < inf, "quantizer_weight latent_mean_weight latent_mse_weight seed"),
+    "zero or positive": (
+        lambda v: 0 <= v < inf, "quantizer_weight latent_mean_weight latent_mse_weight seed"),
     "positive": (lambda v: 0 < v < inf, "pixel_weight perceptual_weight adversarial_weight"),
     "positive, at most 1": (lambda v: 0 < v <= 1, "lr"),
 }

@@ -105,7 +105,7 @@ class TrainingDiverged(ArithmeticError):
 
 # %% ../nbs/10_training.ipynb #372033af
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-    "Clip the gradients, update, return their norm; leave the weights unchanged if it or the loss is not finite."
+    "Clip the gradients, update, return their norm; a norm or loss that is not finite changes no weight."
     (group,) = optimizer.param_groups
     norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
@@ -181,7 +181,8 @@ class Trainer:
         self.model = accelerator.prepare(tok)  # wrapped with several processes
         graphs = config.cuda_graph and device.type == "cuda"
         if graphs and (accelerator.num_processes > 1 or config.drop_rate or config.accumulate > 1):
-            raise ValueError("cuda_graph needs one process, drop_rate=0 and accumulate=1: set cuda_graph=false")
+            needs = "one process, drop_rate=0 and accumulate=1"
+            raise ValueError(f"cuda_graph needs {needs}: set cuda_graph=false")
         self.optimizer = adamw(tok, config.lr, capturable=graphs)
         self.graphs = GraphedUpdates() if graphs else None
         self.perceptual = perceptual
@@ -214,7 +215,7 @@ class GraphedUpdates:
         self.seen = {}    # kind of update -> number of updates
         self.graphs = {}  # kind of update -> graph, its crops, its results
 
-    def __call__(self, t: Trainer, images: Sequence[Tensor], adversarial: bool) -> tuple[dict[str, Tensor], Bits]:
+    def __call__(self, t: Trainer, images: Sequence[Tensor], adversarial: bool) -> tuple[dict, Bits]:
         (x,) = images
         kind = (*x.shape, adversarial)
         self.seen[kind] = self.seen.get(kind, 0) + 1
@@ -227,7 +228,7 @@ class GraphedUpdates:
         torch.cuda.current_stream().wait_stream(self.stream)
         return parts, bits
 
-    def replay(self, t: Trainer, x: Tensor, kind: tuple) -> tuple[dict[str, Tensor], Bits]:
+    def replay(self, t: Trainer, x: Tensor, kind: tuple) -> tuple[dict, Bits]:
         "Replay the graph of this kind on a batch, after recording it once."
         if kind not in self.graphs:
             graph, crops = torch.cuda.CUDAGraph(), torch.empty_like(x)
@@ -304,7 +305,8 @@ def update_networks(
             y, z, q = t.model(x)
             logits = t.raw_discriminator(y).float() if adversarial else None
         pixel_loss, perceptual = PIXEL_LOSSES[c.pixel_loss], t.perceptual and t.distance
-        loss, parts = generator_loss(x, y.float(), z.float(), q, logits, perceptual, pixel_loss=pixel_loss, **weights)
+        terms = weights | {"perceptual": perceptual, "pixel_loss": pixel_loss}
+        loss, parts = generator_loss(x, y.float(), z.float(), q, logits, **terms)
         t.accelerator.backward(loss / len(images))
         reconstructions.append(y.detach())
         passes.append(parts)
@@ -436,9 +438,9 @@ def remaining_crops(t: Trainer, images: Images, workers: int = 0) -> Iterator[It
         with closing_iterator(crop_loader(images, plan, steps, crop_rule(c), workers)) as crops:
             yield crops
     elif isinstance(images, Shards):
-        raise DataError("device_crops holds a data set in memory, and shards are a stream: set device_crops=false")
+        raise DataError("device_crops needs images that fit in memory, not shards: set device_crops=false")
     else:
-        yield DeviceCrops(images, plan, crop_rule(c), a.device).stream(steps)
+        yield DeviceCrops(images, plan, crop_rule(c), a.device).batches(steps)
 
 # %% ../nbs/10_training.ipynb #0390c4dc
 def init_or_resume(config: TrainConfig, accelerator, images: Images, perceptual, folder: Path) -> Trainer:

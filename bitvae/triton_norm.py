@@ -312,12 +312,14 @@ def group_norm_backward_op(
     mean_g, mean_gx = torch.empty_like(mean), torch.empty_like(mean)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
-        chunk_gradients[reduce](x, dy, weight, bias, shift, mean, rstd, sums, products, inputs, pixels, chunks,
-                                GROUPS=groups, SHIFT=shifted, SILU=silu, TILES=tiles, **shape)  # fmt: skip
+        chunk_gradients[reduce](x, dy, weight, bias, shift, mean, rstd, sums, products, inputs, pixels,
+                                chunks, GROUPS=groups, SHIFT=shifted, SILU=silu, TILES=tiles,
+                                **shape)  # fmt: skip
         combine_gradients[groups_of](sums, products, inputs, weight, rstd, dbias, dweight, dshift, mean_g,
                                      mean_gx, pixels, chunks, SHIFT=shifted, **combine)  # fmt: skip
         input_gradient[apply](x, dy, dx, weight, bias, shift, mean, rstd, mean_g, mean_gx, pixels,
-                              GROUPS=groups, SHIFT=shifted, SILU=silu, TILES=APPLY_TILES, **shape)  # fmt: skip
+                              GROUPS=groups, SHIFT=shifted, SILU=silu, TILES=APPLY_TILES,
+                              **shape)  # fmt: skip
     dshift = dshift.sum(0).to(shift.dtype) if shifted else shift.new_zeros(())
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype), dshift
 

@@ -34,7 +34,8 @@ def train_stages(
         overrides = SHORT | {"steps": steps} if steps else {}
         if n == 2:
             overrides["init_from"] = str(runs[0])
-        parameters = {"recipe": f"demo_stage{n}", "overrides": overrides, "images": images, "folder": str(run)}
+        parameters = {"recipe": f"demo_stage{n}", "overrides": overrides}
+        parameters |= {"images": images, "folder": str(run)}
         print(f"stage {n}:")
         run_notebook(NOTEBOOKS / "train.ipynb", run / "train.ipynb", **parameters)
     return runs[1]
@@ -49,7 +50,8 @@ def same_weights(a: BitVAE, b: BitVAE) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo-tokenizer")
-    parser.add_argument("--images", type=Path, default=Path("runs/photographs"), help="from tools/photographs.py")
+    photographs = Path("runs/photographs")
+    parser.add_argument("--images", type=Path, default=photographs, help="from tools/photographs.py")
     parser.add_argument("--steps", type=int, help="of each stage, for a short try without evaluation")
     args = parser.parse_args()
     started, folder = time.monotonic(), args.folder.resolve()
