@@ -167,9 +167,9 @@ DEMO1 = TrainConfig(
     precision="bf16", cuda_graph=True, checkpoint_every=1000,
 )  # fmt: skip
 DEMO2 = replace(
-    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, freeze="encoder", batch=1, steps=1700,
-    lr=2e-4, warmup=0.03, ema=0.998, prefix_rate=0.2, color_jitter=0.1, pixel_loss="l1", pixel_weight=1.0,
-    perceptual="lpips", perceptual_weight=0.4, cuda_graph=False, checkpoint_every=250,
+    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, steps=3000, lr=3e-4, ema=0.998,
+    prefix_rate=0.25, color_jitter=0.1, pixel_loss="l1", pixel_weight=1.0, perceptual="lpips",
+    perceptual_weight=0.4, discriminator_start=200, adversarial_weight=0.02,
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #13984f0c

@@ -1,4 +1,4 @@
-"""`make retrain-demo`: train the bundled tokenizer again, in two stages through papermill, and compare."""
+"""`make retrain-demo`: train the bundled tokenizer again through papermill, and compare."""
 import argparse
 import json
 import os
@@ -17,28 +17,16 @@ from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = Path("nbs/experiments")
-SHORT = {"size": 32, "batch": 2, "perceptual": "none", "checkpoint_every": 1000}  # a try: no weights, no GPU
+SHORT = {"size": 32, "batch": 2}  # a try without a GPU
 
 
-def train_stages(
-    folder: Path,
-    images: str,
-    steps: int | None,  # of each stage, on small crops, instead of the recipe's
-) -> Path:  # the second stage's run
-    "Train both stages; resume each from its last checkpoint."
-    runs = [folder / "stage1", folder / "stage2"]
-    for n, run in enumerate(runs, 1):
-        if (run / "tokenizer" / "config.json").exists() and (run / "train.ipynb").exists():
-            print(f"stage {n} is already trained: {run}")
-            continue
-        overrides = SHORT | {"steps": steps} if steps else {}
-        if n == 2:
-            overrides["init_from"] = str(runs[0])
-        parameters = {"recipe": f"demo_stage{n}", "overrides": overrides}
-        parameters |= {"images": images, "folder": str(run)}
-        print(f"stage {n}:")
-        run_notebook(NOTEBOOKS / "train.ipynb", run / "train.ipynb", **parameters)
-    return runs[1]
+def train(run: Path, images: str, steps: int | None) -> None:
+    "Train, or resume from the last checkpoint; `steps`: a short try on small crops."
+    if (run / "tokenizer" / "config.json").exists() and (run / "train.ipynb").exists():
+        print(f"already trained: {run}")
+        return
+    parameters = {"recipe": "demo_stage1", "overrides": SHORT | {"steps": steps} if steps else {}}
+    run_notebook(NOTEBOOKS / "train.ipynb", run / "train.ipynb", images=images, folder=str(run), **parameters)
 
 
 def same_weights(a: BitVAE, b: BitVAE) -> bool:
@@ -52,7 +40,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "demo-tokenizer")
     photographs = Path("runs/photographs")
     parser.add_argument("--images", type=Path, default=photographs, help="from tools/photographs.py")
-    parser.add_argument("--steps", type=int, help="of each stage, for a short try without evaluation")
+    parser.add_argument("--steps", type=int, help="for a short try without evaluation")
     args = parser.parse_args()
     started, folder = time.monotonic(), args.folder.resolve()
     os.chdir(ROOT)  # records then hold no absolute path
@@ -61,7 +49,8 @@ def main() -> None:
     images = "bundled" if args.steps else str(args.images)
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     made = folder / "demo"
-    BitVAE.from_pretrained(train_stages(folder, images, args.steps)).half().save_pretrained(made)
+    train(folder / "train", images, args.steps)
+    BitVAE.from_pretrained(folder / "train").half().save_pretrained(made)
     if not args.steps:
         save_coder(fit_coder(BitVAE.from_pretrained(made), images), made / CODER_FILE)
         parameters = {"tokenizer": str(made), "folder": str(folder), "metrics": ["psnr", "ssim", "lpips"]}
