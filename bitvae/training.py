@@ -108,8 +108,11 @@ def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     "Clip the gradients, update, return their norm; a norm or loss that is not finite changes no weight."
     (group,) = optimizer.param_groups
     norm = nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-    optimizer.step()
+    diverged = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    if group.get("fused"):
+        optimizer.found_inf = diverged.float()
+    if group.get("fused") or not diverged:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 

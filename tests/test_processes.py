@@ -34,12 +34,12 @@ config = recipe(
     latent_mse_weight=0.0, discriminator_start=0 if gan else None,
 )
 if not gan:
-    T.adamw = lambda module, lr: torch.optim.SGD(module.parameters(), lr)
+    T.adamw = lambda module, lr, capturable: torch.optim.SGD(module.parameters(), lr)
 gradients, optimizer_step = [], T.optimizer_step
 
-def recording_step(optimizer, loss, lr):
+def recording_step(optimizer, loss):
     gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
-    return optimizer_step(optimizer, loss, lr)
+    return optimizer_step(optimizer, loss)
 
 T.optimizer_step = recording_step
 t = T.Trainer(config, accelerator, T.init_tokenizer(config))
