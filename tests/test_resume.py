@@ -357,7 +357,8 @@ def test_stage_two_starts_from_stage_one_with_its_discriminator(tmp_path, monkey
     monkeypatch.setattr("bitvae.training.init_discriminator", record(init_discriminator, discriminators))
     train_and_stop(4, two, "bundled", tmp_path / "two")
     assert set(discriminators[0]) == set(SMALL_DISCRIMINATOR().state_dict())
-    first = sizes_micro_batches()[:5]  # stops after the step in which the signal arrives
+    stopped = newest_checkpoint(tmp_path / "two" / "checkpoints")[1]["step"]
+    first = sizes_micro_batches()[:stopped]  # one more was read ahead
     train(two, "bundled", tmp_path / "two")
     assert len(discriminators) == 1  # a resumed run does not read stage one
     rest = sizes_micro_batches()
