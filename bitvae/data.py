@@ -441,8 +441,9 @@ def crop_loader(
 def zoom_levels(short: int, sizes: Sequence[int], rule: CropRule) -> list[int]:
     "Return the short sides at which an image is stored, ascending: quarter octaves from each crop size up."
     sides = {size * 2 ** (j / 4) for size in sizes for j in range(1 + int(4 * math.log2(rule.max_zoom)))}
-    fits = {round(s) for s in sides if s <= short}
-    return sorted(fits | {size for size in sizes if size <= short or rule.upscale})
+    if short < max(sizes) and not rule.upscale:
+        return []
+    return sorted({round(s) for s in sides if s <= short} | {*sizes})
 
 # %% ../nbs/08_data.ipynb #512be1cc
 def stored_sizes(file: Path | ImageBytes, sizes: Sequence[int], rule: CropRule) -> dict[int, np.ndarray]:
@@ -451,7 +452,7 @@ def stored_sizes(file: Path | ImageBytes, sizes: Sequence[int], rule: CropRule) 
     short = min(image.size)
     levels = zoom_levels(short, sizes, rule)
     if not levels:
-        raise ImageError(f"an image of {image.width}x{image.height} is smaller than every crop: "
+        raise ImageError(f"an image of {image.width}x{image.height} is smaller than the crop: "
                          "remove it, take smaller crops, or set upscale=true")  # fmt: skip
     shapes = {s: [max(s, round(n * s / short)) for n in image.size] for s in levels}
     return {s: np.array(image.resize(shape, Image.Resampling.BICUBIC)) for s, shape in shapes.items()}
@@ -469,9 +470,10 @@ class DeviceCrops:
     ):
         self.plan, self.rule, self.device = plan, rule, torch.device(device)
         self.images, self.unreadable, pixels, offset = [], [], [], 0
-        for file, levels in zip(files, self.load(files), strict=True):
+        for name, levels in self.load(files):
             if isinstance(levels, Exception):
-                self.unreadable.append((str(file), f"{file}: {levels}"))
+                reason = str(levels) if name in str(levels) else f"{name}: {levels}"
+                self.unreadable.append((name, reason))
                 continue
             self.images.append({})
             for short, image in levels.items():
@@ -483,13 +485,15 @@ class DeviceCrops:
             raise DataError(f"no image can be used, the last one: {last}")
         self.pixels = torch.cat(pixels).to(self.device)
 
-    def load(self, files: Sequence[Path | ImageBytes]) -> list[dict | Exception]:
-        "Return `stored_sizes` of all files, or the error of an unreadable one, decoded in threads."
-        def attempt(i: int) -> dict | Exception:
+    def load(self, files: Sequence[Path | ImageBytes]) -> list[tuple[str, dict | Exception]]:
+        "Return name and `stored_sizes` of all files, or the error of an unreadable one, decoded in threads."
+        def attempt(i: int) -> tuple[str, dict | Exception]:
+            file = f"image {i}"
             try:
-                return stored_sizes(files[i], as_tuple(self.plan.size), self.rule)
+                file = files[i]
+                return str(file), stored_sizes(file, as_tuple(self.plan.size), self.rule)
             except (ImageError, OSError) as e:
-                return e
+                return str(file), e
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(attempt, range(len(files))))

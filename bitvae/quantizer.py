@@ -171,6 +171,8 @@ class MultiScaleBSQ(nn.Module):
             raise ValueError(f"dim must be at least 1 bit per token, got {dim}")
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be in [0, 1), got {drop_rate}")
+        if gradient not in ("scales", "latent"):
+            raise ValueError(f"gradient must be 'scales' or 'latent', got {gradient!r}")
         self.dim = dim
         self.mode = mode
         self.drop_rate = drop_rate
@@ -203,14 +205,14 @@ class Quantized(NamedTuple):
 @patch
 def decoder_input(self: MultiScaleBSQ, z: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
     "Return the training input of the decoder and the sum of all scales, from the sums of all prefixes."
-    chosen = torch.zeros(len(sums), len(z), device=z.device)
-    chosen[-1] = 1.0
+    z_q, complete = sums[-1], 1.0
     if self.prefix_rate:
         prefixes = sample_prefixes(len(z), len(sums), self.prefix_rate, z.device)
         chosen = (torch.arange(1, len(sums) + 1, device=z.device)[:, None] == prefixes).float()
-    z_q = torch.einsum("kb,kbdhw->bdhw", chosen, torch.stack(sums)) if self.prefix_rate else sums[-1]
+        z_q = torch.einsum("kb,kbdhw->bdhw", chosen, torch.stack(sums))
+        complete = chosen[-1, :, None, None, None]  # 1 for an image that keeps all scales
     if self.gradient == "latent":
-        z_q = z_q.detach() + chosen[-1, :, None, None, None] * (z - z.detach())
+        z_q = z_q.detach() + complete * (z - z.detach())
     return z_q, sums[-1]
 
 # %% ../nbs/03_quantizer.ipynb #4b7e90d2

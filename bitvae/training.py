@@ -195,18 +195,26 @@ class Trainer:
                 perceptual.compile()
         self.discriminator = None
         if config.discriminator_start is not None:
-            self.raw_discriminator = optimize(PatchDiscriminator().train().to(device))
-            if discriminator:
-                self.raw_discriminator.load_state_dict(discriminator)
-            if device.type == "cuda" and accelerator.num_processes > 1:
-                self.raw_discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.raw_discriminator)
-            self.discriminator = accelerator.prepare(self.raw_discriminator)
-            self.discriminator_optimizer = adamw(self.raw_discriminator, config.lr, capturable=graphs)
+            self.add_discriminator(discriminator)
 
     @property
     def eval_model(self) -> BitVAE:
         "The tokenizer to evaluate and save: the averaged one if there is one."
         return self.ema_model or self.tok
+
+# %% ../nbs/10_training.ipynb #6ff760ea
+@patch
+def add_discriminator(self: Trainer, weights: Mapping[str, Tensor] | None) -> None:
+    "Create the discriminator and its optimizer; `weights`: initial ones, None: random."
+    a = self.accelerator
+    self.raw_discriminator = optimize(PatchDiscriminator().train().to(a.device))
+    if weights:
+        self.raw_discriminator.load_state_dict(weights)
+    if a.device.type == "cuda" and a.num_processes > 1:
+        self.raw_discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.raw_discriminator)
+    self.discriminator = a.prepare(self.raw_discriminator)
+    capturable = self.graphs is not None
+    self.discriminator_optimizer = adamw(self.raw_discriminator, self.config.lr, capturable)
 
 # %% ../nbs/10_training.ipynb #15219e8d
 class GraphedUpdates:

@@ -166,7 +166,7 @@ def gradient_tile(x, dy, row, pixels, m, r, w, b, C: tl.constexpr, SILU: tl.cons
         g = g * s * (1.0 + u * (1.0 - s))
     return g, xhat, offsets, mask
 
-
+# %% ../nbs/92_triton_norm.ipynb #d3f5d94b
 @triton.jit
 def chunk_gradients(
     x, dy, weight, bias, shift, mean, rstd, sums, products, inputs, pixels, chunks, C: tl.constexpr,
@@ -271,7 +271,9 @@ def launch_sizes(x: Tensor, groups: int) -> tuple:
     return grids, shape, combine, tiles, chunks
 
 
-def channels_last(x: Tensor) -> Tensor: return x.contiguous(memory_format=torch.channels_last)
+def channels_last(x: Tensor) -> Tensor:
+    "Return a feature map in channels-last layout, copied only if it is in another one."
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("bitvae::group_norm", mutates_args=())
@@ -338,12 +340,14 @@ def _(dy, x, weight, bias, mean, rstd, groups, silu, shift=None):
 
 
 def setup_context(ctx, inputs, output):
+    "Keep the input, the parameters and the statistics for the backward pass."
     x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
     ctx.save_for_backward(x, weight, bias, *output[1:], shift)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def backward(ctx, dy, *_):
+    "Return the gradients of the operator's arguments."
     *saved, shift = ctx.saved_tensors
     *grads, dshift = group_norm_backward_op(dy, *saved, ctx.groups, ctx.silu, shift)
     return (*grads, None, None, None, None if shift is None else dshift)
@@ -404,10 +408,13 @@ def _(x, bias, residual):
     return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
 
 
-def remember_dtypes(ctx, inputs, output): ctx.dtypes = [t.dtype for t in inputs]
+def remember_dtypes(ctx, inputs, output):
+    "Keep the dtypes of the arguments, which their gradients must have."
+    ctx.dtypes = [t.dtype for t in inputs]
 
 
 def add_bias_backward(ctx, dy):
+    "Return the gradients of feature map, bias and residual."
     x, bias, residual = ctx.dtypes
     return dy.to(x), dy.sum((0, 2, 3), dtype=torch.float32).to(bias), dy.to(residual)
 
