@@ -29,7 +29,7 @@ def generator_loss(
     y: Tensor,                           # reconstructions (B, 3, H, W)
     z: Tensor,                           # latent (B, d, h, w)
     q: Quantized,                        # output of the quantizer for z
-    logits: Tensor | None = None,        # discriminator's logits for y; None: no adversarial term
+    logits: Tensor | None = None,        # discriminator's for y[q.prefixes:]; None: no adversarial term
     perceptual: Distance | None = None,  # None: no perceptual term
     perceptual_weight: float = 1.0,
     latent_mean_weight: float = 0.0,     # of `latent_mean_loss`
@@ -39,10 +39,13 @@ def generator_loss(
     quantizer_weight: float = 4.0,
     adversarial_weight: float = 0.3,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # loss; its weighted terms, detached
-    "Return the loss of encoder and decoder (Infinity's training code)."
+    """Return the loss of encoder and decoder (Infinity's training code).
+
+    The first `q.prefixes` images, decoded from a prefix, count in the pixel loss alone.
+    """
     terms = {"pixels": pixel_weight * pixel_loss(y, x), "quantizer": quantizer_weight * q.losses.mean()}
     if perceptual:
-        terms["perceptual"] = perceptual_weight * perceptual(x, y).mean()
+        terms["perceptual"] = perceptual_weight * perceptual(x[q.prefixes :], y[q.prefixes :]).mean()
     if logits is not None:
         terms["adversarial"] = -adversarial_weight * logits.mean()
     if latent_mean_weight:

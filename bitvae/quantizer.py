@@ -144,10 +144,16 @@ def sample_keep(scales: int, drop_rate: float, keep_last: bool) -> list[bool]:
     return keep
 
 # %% ../nbs/03_quantizer.ipynb #abe97d58
-def sample_prefixes(batch: int, scales: int, rate: float, device: torch.device | str = "cpu") -> Tensor:
-    "Sample how many scales each image of a training batch keeps, (B,) in [1, K], on a device."
-    chosen, length = torch.rand(2, batch, device=device)
-    return torch.where(chosen < rate, 1 + (length * (scales - 1)).long(), scales)
+def sample_prefixes(
+    batch: int,   # images of a training batch
+    scales: int,  # K
+    rate: float,  # fraction of the batch that is decoded from a prefix
+    device: torch.device | str = "cpu",
+) -> Tensor:  # (about rate * batch, K) of 0 and 1
+    "Choose the last scale of each prefix, never the last of all; at least one image stays complete."
+    count = min(round(rate * batch), batch - 1) if scales > 1 else 0
+    last = torch.randint(max(1, scales - 1), (count, 1), device=device)
+    return (last == torch.arange(scales, device=device)).float()
 
 # %% ../nbs/03_quantizer.ipynb #fa25e3b4
 class MultiScaleBSQ(nn.Module):
@@ -200,20 +206,29 @@ class Quantized(NamedTuple):
     bits: Bits      # one token map per kept scale
     losses: Tensor  # (kept scales,); zeros in eval mode
     z_full: Tensor  # sum of all kept scales; differs from z for images that are decoded from a prefix
+    prefixes: int   # number of images that are decoded from a prefix, the first of the batch
 
 # %% ../nbs/03_quantizer.ipynb #c24fada0
 @patch
-def decoder_input(self: MultiScaleBSQ, z: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor]:
-    "Return the training input of the decoder and the sum of all scales, from the sums of all prefixes."
-    z_q, complete = sums[-1], 1.0
-    if self.prefix_rate:
-        prefixes = sample_prefixes(len(z), len(sums), self.prefix_rate, z.device)
-        chosen = (torch.arange(1, len(sums) + 1, device=z.device)[:, None] == prefixes).float()
-        z_q = torch.einsum("kb,kbdhw->bdhw", chosen, torch.stack(sums))
-        complete = chosen[-1, :, None, None, None]  # 1 for an image that keeps all scales
-    if self.gradient == "latent":
-        z_q = z_q.detach() + complete * (z - z.detach())
-    return z_q, sums[-1]
+def decoder_input(
+    self: MultiScaleBSQ,
+    z: Tensor,               # latent (B, d, h, w)
+    sums: Sequence[Tensor],  # the sum of the first scale, the first two, ...
+    schedule: Schedule,      # kept scales
+) -> tuple[Tensor, int]:  # like z; how many images, the first ones, are prefixes
+    "Return the input of the decoder in training."
+    chosen = sample_prefixes(len(z), len(sums), self.prefix_rate, z.device)
+    n = len(chosen)
+
+    def choose(latents: Sequence[Tensor]) -> Tensor:  # K latents (n, d, h, w) -> one of them for each image
+        return torch.einsum("nk,kndhw->ndhw", chosen, torch.stack(latents))
+
+    z_q = torch.cat([choose([s[:n] for s in sums]), sums[-1][n:]]) if n else sums[-1]
+    if self.gradient == "scales":
+        return z_q, n
+    coarse = [upsample(area_resize(z[:n], size), z.shape[-2:]) for size in schedule] if n else []
+    target = torch.cat([choose(coarse), z[n:]]) if n else z
+    return z_q.detach() + target - target.detach(), n
 
 # %% ../nbs/03_quantizer.ipynb #4b7e90d2
 def forward(
@@ -239,8 +254,8 @@ def forward(
             token_maps.append(token_map)
             losses.append(scale_loss(v, *weights).loss if self.training else v.new_zeros(()))
     bits = Bits(token_maps, kept, tuple(z.shape[-2:]))
-    z_q, z_full = self.decoder_input(z, sums) if self.training else sums[-1:] * 2
-    return Quantized(z_q.contiguous(), bits, torch.stack(losses), z_full.contiguous())
+    z_q, prefixes = self.decoder_input(z.float(), sums, kept) if self.training else (sums[-1], 0)
+    return Quantized(z_q.contiguous(), bits, torch.stack(losses), sums[-1].contiguous(), prefixes)
 
 # %% ../nbs/03_quantizer.ipynb #472adb87
 @torch.no_grad()

@@ -284,9 +284,9 @@ def mean_parts(passes: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([parts[name] for parts in passes]).mean() for name in passes[0]}
 
 # %% ../nbs/10_training.ipynb #7ddcc4fd
-def discriminator_step(t: Trainer, images: Sequence[Tensor], fakes: Sequence[Tensor]) -> dict[str, Tensor]:
+def discriminator_step(t: Trainer, pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     "Update the discriminator on images and reconstructions (B, 3, H, W) of each pass; return losses by name."
-    passes, pairs = [], list(zip(images, fakes, strict=True))
+    passes = []
     for x, y in accumulate_passes(t.accelerator, t.discriminator, pairs):
         with t.autocast():
             real, fake = t.discriminator(x), t.discriminator(y)
@@ -306,7 +306,7 @@ def update_networks(
     "Update the tokenizer and the discriminator, without waiting for the device."
     c = t.config
     weights = {name: getattr(c, name) for name in LOSS_WEIGHTS}
-    reconstructions, passes = [], []
+    pairs, passes = [], []
     if adversarial:
         t.raw_discriminator.requires_grad_(False)
     for number, x in enumerate(accumulate_passes(t.accelerator, t.model, images)):
@@ -314,18 +314,18 @@ def update_networks(
             torch.manual_seed(step_seed(c.seed, t.step))  # every pass drops the same scales
         with t.autocast():
             y, z, q = t.model(x)
-            logits = t.raw_discriminator(y).float() if adversarial else None
+            logits = t.raw_discriminator(y[q.prefixes :]).float() if adversarial else None
         pixel_loss, perceptual = PIXEL_LOSSES[c.pixel_loss], t.perceptual and t.distance
         terms = weights | {"perceptual": perceptual, "pixel_loss": pixel_loss}
         loss, parts = generator_loss(x, y.float(), z.float(), q, logits, **terms)
         t.accelerator.backward(loss / len(images))
-        reconstructions.append(y.detach())
+        pairs.append((x[q.prefixes :], y.detach()[q.prefixes :]))
         passes.append(parts)
     parts = mean_parts(passes)
     parts["grad_norm"] = optimizer_step(t.optimizer, parts["loss"])
     if adversarial:
         t.raw_discriminator.requires_grad_(True)
-        parts |= discriminator_step(t, images, reconstructions)
+        parts |= discriminator_step(t, pairs)
     return parts, q.bits
 
 # %% ../nbs/10_training.ipynb #a7a00639
