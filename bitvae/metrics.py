@@ -177,13 +177,18 @@ def psnr(
     return (-10 * (a - b).square().mean((1, 2, 3)).log10()).cpu()
 
 # %% ../nbs/13_metrics.ipynb #46ffe76d
-def window_means(x: Tensor, window: int | None) -> Tensor:  # (B, 3, H - 6, W - 6) for windows of 7x7
-    "Return the weighted mean of each window inside images (B, 3, H, W); None: Gaussian of 11x11 pixels."
-    if window:
-        return F.avg_pool2d(x, window, stride=1)
-    weights = torch.exp(-torch.arange(-5, 6, device=x.device, dtype=x.dtype) ** 2 / (2 * 1.5**2))
-    weights = (weights / weights.sum()).expand(3, 1, 1, 11)
-    return F.conv2d(F.conv2d(x, weights, groups=3), weights.mT, groups=3)
+def window_means(
+    x: Tensor,        # (B, C, H, W)
+    weights: Tensor,  # (k,): those of a window are their outer product
+) -> Tensor:  # (B, C, H - k + 1, W - k + 1)
+    "Return the weighted mean of every window inside the images, as products with two banded matrices."
+    def band(n: int) -> Tensor:
+        matrix = x.new_zeros(n - len(weights) + 1, n)
+        for offset, weight in enumerate(weights.tolist()):
+            matrix.diagonal(offset).fill_(weight)
+        return matrix
+
+    return band(x.shape[-2]) @ x @ band(x.shape[-1]).mT
 
 # %% ../nbs/13_metrics.ipynb #f5c7c401
 def ssim(
@@ -192,18 +197,19 @@ def ssim(
     p: Protocol = PROTOCOLS["clamped"],
 ) -> Tensor:  # (B,), float64, on the CPU; at most 1
     "Return the structural similarity of each pair, the mean over channels; raise `ValueError` if too small."
-    side = p.ssim_window or 11
+    side, offsets = p.ssim_window or 11, torch.arange(-5.0, 6, dtype=torch.float64)
+    weights = torch.ones(side) if p.ssim_window else torch.exp(-(offsets**2) / (2 * 1.5**2))
     if min(x.shape[-2:]) < side:
         raise ValueError(f"SSIM needs windows of {side}x{side} pixels, the images are {tuple(x.shape[-2:])}")
     a, b = to_levels(x, y, p)
-    of = partial(window_means, window=p.ssim_window)
+    of = partial(window_means, weights=weights.double() / weights.sum())
     factor = side**2 / (side**2 - 1) if p.ssim_window else 1.0
     mean_a, mean_b = of(a), of(b)
-    variances = factor * (of(a * a) - mean_a**2 + of(b * b) - mean_b**2)
-    covariance = factor * (of(a * b) - mean_a * mean_b)
+    product, squares = mean_a * mean_b, mean_a**2 + mean_b**2
+    covariance, variances = factor * (of(a * b) - product), factor * (of(a * a + b * b) - squares)
     c1, c2 = (0.01 * p.ssim_range) ** 2, (0.03 * p.ssim_range) ** 2
-    means = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    return (means * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3)).cpu()
+    similarity = (2 * product + c1) / (squares + c1) * (2 * covariance + c2) / (variances + c2)
+    return similarity.mean((1, 2, 3)).cpu()
 
 # %% ../nbs/13_metrics.ipynb #f202fab7
 def ms_ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:  # (B,), float64, at most 1
