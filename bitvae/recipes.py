@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'PYTHON_WORDS', 'MUTABLE_FIELDS',
-           'RENAMED_FIELDS', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
+           'RENAMED_FIELDS', 'LossConfig', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
            'parse_setting', 'config_to_dict', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate',
            'estimate_cost']
 
@@ -28,9 +28,25 @@ from .losses import Distance, PatchDiscriminator, check_perceptual
 from .schedules import scale_schedule
 from .tokenizer import BitVAE, BitVAEConfig, check_types, config_from_dict
 
+# %% ../nbs/09_recipes.ipynb #26425a52
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    "The losses of a training run and their weights."
+
+    pixel_loss: str = "l1"             # "l1" or "mse"
+    pixel_weight: float = 1.0          # of the pixel loss
+    perceptual: str = "lpips"          # "lpips", "lpips:FILE", "efficientnet" or "none"
+    perceptual_weight: float = 1.0     # of the perceptual distance
+    discriminator_start: int | None = 50_000  # first step with the discriminator; None: no discriminator
+    discriminator_channels: int = 128  # of the discriminator's first layer
+    adversarial_weight: float = 0.3    # of the discriminator's logits
+    quantizer_weight: float = 4.0      # of the quantizer's losses
+    latent_mean_weight: float = 0.0    # see `generator_loss`
+    latent_mse_weight: float = 0.0     # see `generator_loss`
+
 # %% ../nbs/09_recipes.ipynb #6884352d
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LossConfig):
     "One training run; the defaults are the published first stage (Infinity, d = 16)."
 
     name: str = "custom"               # for logs and messages
@@ -59,15 +75,6 @@ class TrainConfig:
     lr_drop: float = 0.9               # fraction of the steps before the drop
     ema: float = 0.0                   # decay of the averaged weights; 0: none
 
-    pixel_loss: str = "l1"             # "l1" or "mse"
-    pixel_weight: float = 1.0          # of the pixel loss
-    perceptual: str = "lpips"          # "lpips", "lpips:FILE", "efficientnet" or "none"
-    perceptual_weight: float = 1.0     # of the perceptual distance
-    discriminator_start: int | None = 50_000  # first step with the discriminator; None: no discriminator
-    adversarial_weight: float = 0.3    # of the discriminator's logits
-    quantizer_weight: float = 4.0      # of the quantizer's losses
-    latent_mean_weight: float = 0.0    # see `generator_loss`
-    latent_mse_weight: float = 0.0     # see `generator_loss`
     init_latent_norm: float | None = None  # mean norm of the first latents, centered; None: unchanged
     precision: str = "float32"         # "bf16": networks under autocast, quantizer and losses in float32
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass
@@ -88,7 +95,8 @@ CHOICES = {
 RANGES = {  # wanted: predicate, fields
     "in [0, 1)": (lambda v: 0 <= v < 1, "drop_rate prefix_rate warmup ema"),
     "in [0, 1]": (lambda v: 0 <= v <= 1, "full_image_prob color_jitter max_unreadable lr_drop"),
-    "at least 1": (lambda v: 1 <= v < inf, "accumulate steps checkpoint_every keep_checkpoints max_zoom"),
+    "at least 1": (lambda v: 1 <= v < inf, "accumulate max_zoom steps discriminator_channels "
+                                           "checkpoint_every keep_checkpoints"),
     "zero or positive": (
         lambda v: 0 <= v < inf, "quantizer_weight latent_mean_weight latent_mse_weight seed"),
     "positive": (lambda v: 0 < v < inf, "pixel_weight perceptual_weight adversarial_weight"),
@@ -264,7 +272,8 @@ class StepNetworks(nn.Module):
             tok = BitVAE(config.model)
             self.encoder = tok.encoder
             self.decoder = tok.decoder
-            self.discriminator = PatchDiscriminator() if config.discriminator_start is not None else None
+            adversarial = config.discriminator_start is not None
+            self.discriminator = PatchDiscriminator(config.discriminator_channels) if adversarial else None
         self.perceptual = copy.deepcopy(perceptual).to("meta") if isinstance(perceptual, nn.Module) else None
         if config.activation_checkpointing:
             checkpoint_activations(self)
