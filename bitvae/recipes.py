@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'PYTHON_WORDS', 'MUTABLE_FIELDS',
            'RENAMED_FIELDS', 'LossConfig', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
-           'parse_setting', 'config_to_dict', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate',
-           'estimate_cost']
+           'parse_setting', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate', 'estimate_cost']
 
 # %% ../nbs/09_recipes.ipynb #bc844854
 import argparse
@@ -14,7 +13,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import inf
 
@@ -158,6 +157,8 @@ QUICK = TrainConfig(
     steps=2000, lr=1.5e-3, warmup=0.05, lr_decay="cosine", pixel_loss="mse", perceptual="none",
     discriminator_start=None, latent_mse_weight=1.0, init_latent_norm=3.0, checkpoint_every=200,
 )  # fmt: skip
+
+# %% ../nbs/09_recipes.ipynb #fa9d38d5
 SMOKE = replace(
     QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2,
     steps=3, checkpoint_every=2,
@@ -174,6 +175,8 @@ DEMO1 = TrainConfig(
     discriminator_start=None, quantizer_weight=1.0, latent_mse_weight=1.0, init_latent_norm=3.0,
     precision="bf16", cuda_graph=True, checkpoint_every=1000,
 )  # fmt: skip
+
+# %% ../nbs/09_recipes.ipynb #af3b2b96
 DEMO2 = replace(
     DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, steps=3000, lr=3e-4, ema=0.998,
     prefix_rate=0.25, color_jitter=0.1, pixel_loss="l1", pixel_weight=1.0, perceptual="lpips",
@@ -231,11 +234,6 @@ RENAMED_FIELDS = {  # old: new
     "pixels": "pixel_loss", "center": "latent_mean_weight", "align": "latent_mse_weight",
     "keep": "keep_checkpoints",
 }  # fmt: skip
-
-
-def config_to_dict(config: TrainConfig) -> dict:
-    "Return a recipe as plain values, for JSON."
-    return asdict(config)
 
 # %% ../nbs/09_recipes.ipynb #56aa8c65
 def config_from_run(values: Mapping) -> TrainConfig:

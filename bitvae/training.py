@@ -90,7 +90,7 @@ def adamw(module: nn.Module, lr: float, capturable: bool = False) -> torch.optim
     lr = torch.tensor(lr, device=device) if capturable else lr  # a CUDA graph reads it from memory
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, **options)
 
-
+# %% ../nbs/10_training.ipynb #b1df7be4
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     "Set the learning rate of the next update."
     (group,) = optimizer.param_groups
