@@ -169,18 +169,18 @@ DEMO1 = TrainConfig(
     name="demo_stage1",
     model=BitVAEConfig(dim=6, channels=48, encoder_multipliers=(1, 1, 2, 2), decoder_multipliers=(1, 1, 2, 4),
                        res_blocks=1, stride=8),
-    train_mode="dynamic", drop_rate=0.0, prefix_rate=0.15, gradient="latent", batch=16, max_zoom=2.25,
-    full_image_prob=0.3, color_jitter=0.2, device_crops=True, steps=6233, lr=5e-4, warmup=0.02,
+    train_mode="dynamic", drop_rate=0.0, prefix_rate=0.2, gradient="latent", batch=16, max_zoom=2.25,
+    full_image_prob=0.3, color_jitter=0.2, device_crops=True, steps=10_000, lr=5e-4, warmup=0.02,
     lr_decay="cosine", ema=0.999, pixel_loss="mse", pixel_weight=5.0, perceptual="none",
-    discriminator_start=None, quantizer_weight=1.0, latent_mse_weight=1.0, init_latent_norm=3.0,
-    precision="bf16", cuda_graph=True, checkpoint_every=1000,
+    discriminator_start=None, quantizer_weight=1.0, latent_mean_weight=0.5, latent_mse_weight=1.0,
+    init_latent_norm=3.0, precision="bf16", cuda_graph=True, checkpoint_every=1000,
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #af3b2b96
 DEMO2 = replace(
-    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, steps=3000, lr=3e-4, ema=0.998,
+    DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, steps=7700, lr=3e-4, ema=0.998,
     prefix_rate=0.25, color_jitter=0.1, pixel_loss="l1", pixel_weight=1.0, perceptual="lpips",
-    perceptual_weight=0.4, discriminator_start=200, adversarial_weight=0.02,
+    perceptual_weight=0.5, discriminator_start=200, adversarial_weight=0.05,
 )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #13984f0c

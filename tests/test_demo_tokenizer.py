@@ -35,7 +35,7 @@ def results(tok, tmp_path_factory, worker_id):
     file = (folder if worker_id == "master" else folder.parent) / "demo-results.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
-            made = evaluate(tok, "held-out", "clamped", ["psnr", "ssim", "efficientnet"], jpegs=(0.13,))
+            made = evaluate(tok, "held-out", "clamped", ["psnr", "ssim", "efficientnet"], codec_rates=(0.13,))
             file.write_text(json.dumps(made))
     return json.loads(file.read_text())
 
@@ -70,6 +70,14 @@ def test_rate_and_quality(results):
 def test_every_scale_raises_psnr(results):
     curve = [r["psnr"] for r in scales(results)]
     assert len(curve) >= 7 and all(a < b for a, b in zip(curve, curve[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_coarse_scales_resemble_the_image(results):
+    rows = protocol_rows(results)
+    assert rows["1 scale"]["psnr"] > rows["mean colour"]["psnr"] - 1
+    (prefix,) = [r for r in scales(results) if r["last_scale"] == [8, 8]]
+    assert prefix["psnr"] > rows["8x8 thumbnail"]["psnr"] - 1.5
 
 
 @pytest.mark.slow
@@ -117,13 +125,20 @@ def test_retraining_reproduces_the_weights(tmp_path):
     result = call(script, ROOT / "tools" / "retrain_demo.py", "--folder", tmp_path, "--steps", 3)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "these weights are not those of the package" in result.stdout
-    short = runpy.run_path(str(ROOT / "tools" / "retrain_demo.py"), run_name="tool")["SHORT"]
-    run = tmp_path / "again"
-    again = call(train_main, train_arguments("demo_stage1", short | {"steps": 3}, "bundled", run))
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert weights_in(run / "tokenizer") == weights_in(tmp_path / "train" / "tokenizer")
-    BitVAE.from_pretrained(run).half().save_pretrained(tmp_path / "half")
+    tool = runpy.run_path(str(ROOT / "tools" / "retrain_demo.py"), run_name="tool")
+    short, runs = tool["SHORT"] | {"steps": 3}, []
+    for stage, more in zip(tool["STAGES"], ({}, tool["SHORT2"]), strict=True):
+        overrides = short | more | ({"init_from": str(runs[0])} if runs else {})
+        runs.append(tmp_path / "again" / stage)
+        again = call(train_main, train_arguments(stage, overrides, "bundled", runs[-1]))
+        assert again.returncode == 0, again.stderr[-2000:]
+        assert weights_in(runs[-1] / "tokenizer") == weights_in(tmp_path / stage / "tokenizer")
+    first, second = map(BitVAE.from_pretrained, runs)
+    tool["interpolate"](first, second, tool["SHARE"]).half().save_pretrained(tmp_path / "half")
     assert weights_in(tmp_path / "half") == weights_in(tmp_path / "demo")
+    for share, tok in ((0.0, first), (1.0, second)):
+        mixed = tool["interpolate"](first, second, share)
+        assert all(torch.equal(w, mixed.state_dict()[n]) for n, w in tok.state_dict().items())
 
 
 def weights_in(folder):

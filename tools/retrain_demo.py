@@ -17,16 +17,27 @@ from bitvae.tokenizer import BitVAE
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = Path("nbs/experiments")
-SHORT = {"size": 32, "batch": 2}  # a try without a GPU
+STAGES = "demo_stage1", "demo_stage2"
+SHORT = {"size": 32, "batch": 4}  # a try without a GPU
+SHORT2 = {"perceptual": "efficientnet", "discriminator_start": 1}  # and without LPIPS's trunk
+SHARE = 0.85  # of the second stage's weights in the bundled ones
 
 
-def train(run: Path, images: str, steps: int | None) -> None:
-    "Train, or resume from the last checkpoint; `steps`: a short try on small crops."
+def train(run: Path, recipe: str, images: str, overrides: dict) -> None:
+    "Train, or resume from the last checkpoint."
     if (run / "tokenizer" / "config.json").exists() and (run / "train.ipynb").exists():
         print(f"already trained: {run}")
         return
-    parameters = {"recipe": "demo_stage1", "overrides": SHORT | {"steps": steps} if steps else {}}
-    run_notebook(NOTEBOOKS / "train.ipynb", run / "train.ipynb", images=images, folder=str(run), **parameters)
+    parameters = {"recipe": recipe, "overrides": overrides, "images": images, "folder": str(run)}
+    run_notebook(NOTEBOOKS / "train.ipynb", run / "train.ipynb", **parameters)
+
+
+def interpolate(first: BitVAE, second: BitVAE, share: float) -> BitVAE:
+    "Return the weighted average of two tokenizers' weights, `share` of the second (arXiv 1809.00219)."
+    weights = second.state_dict()
+    mixed = BitVAE(first.config)
+    mixed.load_state_dict({n: torch.lerp(w, weights[n], share) for n, w in first.state_dict().items()})
+    return mixed
 
 
 def same_weights(a: BitVAE, b: BitVAE) -> bool:
@@ -48,9 +59,12 @@ def main() -> None:
         sys.exit(f"{args.images} is missing: python tools/photographs.py --out {args.images}")
     images = "bundled" if args.steps else str(args.images)
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    made = folder / "demo"
-    train(folder / "train", images, args.steps)
-    BitVAE.from_pretrained(folder / "train").half().save_pretrained(made)
+    made, runs = folder / "demo", [folder / stage for stage in STAGES]
+    short = SHORT | {"steps": args.steps} if args.steps else {}
+    train(runs[0], STAGES[0], images, short)
+    train(runs[1], STAGES[1], images, {"init_from": str(runs[0])} | short | (SHORT2 if short else {}))
+    mixed = interpolate(*map(BitVAE.from_pretrained, runs), SHARE)
+    mixed.half().save_pretrained(made)
     if not args.steps:
         save_coder(fit_coder(BitVAE.from_pretrained(made), images), made / CODER_FILE)
         parameters = {"tokenizer": str(made), "folder": str(folder), "metrics": ["psnr", "ssim", "lpips"]}
