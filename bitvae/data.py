@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_DECODED', 'IMAGE_SUFFIXES', 'Source', 'SHARD_NAME', 'DEFAULT_CROP_RULE', 'open_cached', 'COMPRESSIONS', 'Member',
-           'Images', 'RGB_TO_YIQ', 'DataError', 'ImageFiles', 'read_list', 'is_image', 'is_hidden', 'walk_images',
-           'image_files', 'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'as_tuple', 'CropPlan',
-           'epoch_order', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages', 'hub_images', 'Shards',
-           'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images', 'ShardCrops',
-           'open_source', 'fingerprint', 'leave_group', 'closing_iterator', 'crop_loader', 'zoom_levels',
+           'Images', 'RGB_TO_YIQ', 'DataError', 'warn', 'ImageFiles', 'read_list', 'is_image', 'is_hidden',
+           'walk_images', 'image_files', 'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'as_tuple',
+           'CropPlan', 'epoch_order', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages', 'hub_images',
+           'Shards', 'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images',
+           'ShardCrops', 'open_source', 'fingerprint', 'leave_group', 'closing_iterator', 'crop_loader', 'zoom_levels',
            'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders', 'image_labels', 'write_list']
 
 # %% ../nbs/08_data.ipynb #2d96b5d6
@@ -50,6 +50,12 @@ from .images import jpeg_size, open_image, to_tensor
 class DataError(ValueError):
     "A list, folder or file that cannot be used as data; the message names it and the remedy."
 
+
+def warn(message: str) -> None:
+    "Warn the caller's caller, in the first of several processes only."
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(message, stacklevel=4)
+
 # %% ../nbs/08_data.ipynb #7735c416
 class ImageFiles(list):
     "Paths of images, each with its origin: a folder (a path), or the label in a list (text, empty for none)."
@@ -72,12 +78,15 @@ def read_list(
         raise DataError(f"{file} is not a list: no UTF-8 text ({e.reason} at byte {e.start})") from None
     for number, line in enumerate(lines, 1):
         path, numbers = re.fullmatch(r"(.*?)((?:\s+\d+){0,2})\s*", line, re.S).groups()
-        names = [name for name in (path, line, path.strip(), line.strip()) if (file.parent / name).is_file()]
-        if line.strip() and not names:
+        if not line.strip():
+            continue
+        names = path, line, path.strip(), line.strip()  # a name may begin with a space, or end with a number
+        name = next((name for name in names if (file.parent / name).is_file()), None)
+        if name is None:
             hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
             raise DataError(f"{file} line {number}: no such image file: {file.parent / path.strip()}{hint}")
-        label = numbers.strip() if names and names[0].strip() == path.strip() else ""
-        found += [(file.parent / name, label if label.isdigit() else "") for name in names[:1]]
+        label = numbers.strip() if name.strip() == path.strip() else ""
+        found.append((file.parent / name, label if label.isdigit() else ""))
     if not found:
         raise DataError(f"{file} lists no image")
     return ImageFiles(found)
@@ -119,14 +128,14 @@ def walk_images(folder: Path) -> list[Path]:
                 elif is_image(entry.name):
                     files.append(path)
                 else:
-                    passed[f"ending {path.suffix}" if path.suffix else "no ending"].append(path)
+                    passed["no image's ending"].append(path)
         except PermissionError as e:
             raise PermissionError(f"no permission to read {e.filename}: change its mode or move it") from None
     text = "; ".join(f"{why}: {len(p)}, such as {min(p).relative_to(folder)}" for why, p in passed.items())
     if not files:
         raise DataError(f"no images in {folder} or below" + (f" (passed over: {text})" if text else ""))
-    if text and os.environ.get("RANK", "0") == "0":
-        warnings.warn(f"{len(files)} images in {folder}; passed over: {text}", stacklevel=3)
+    if text:
+        warn(f"{len(files)} images in {folder}; passed over: {text}")
     return sorted(files)
 
 # %% ../nbs/08_data.ipynb #0fa447d6
@@ -367,7 +376,7 @@ class HubImages(Sequence):
         plain = [name for name in ("label", "labels") if name in features and name not in classes]
         kept = (classes + [name for name in plain if "int" in str(getattr(features[name], "dtype", ""))])[:1]
         if left := [name for name in classes + plain if name not in kept]:
-            warnings.warn(f"labels of the data set that are not kept: {', '.join(left)}", stacklevel=2)
+            warn(f"labels of the data set that are not kept: {', '.join(left)}")
         if not kept:
             return [""] * len(self)
         values = self.all.select_columns(kept).with_format(None)[:][kept[0]]
@@ -439,7 +448,7 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
             opener = next((f for magic, f in COMPRESSIONS.items() if head.startswith(magic)), None)
             yield copy(opener(file)) if opener else file
         except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-            raise DataError(f"{url} is not a readable tar file ({e}): download it again") from e
+            raise DataError(f"{url} is no readable tar file, or cut short ({e}): download it again") from e
 
 # %% ../nbs/08_data.ipynb #cad9b5fb
 Member = tuple[tarfile.TarFile, tarfile.TarInfo]
@@ -509,9 +518,11 @@ def shard_images(url: str) -> Iterator[ShardImage]:
                 raise DataError(f"{url} holds {member.name} twice: remove one and archive again")
             names.add(member.name)
             folder, name = os.path.split(member.name)
-            system = name.startswith("._") or re.match(r"(.*/)?__MACOSX/|__[^/]*__($|/)", member.name)
-            if not system and (member.isreg() or member.issym() or member.islnk()):
+            of_macos = name.startswith("._") or "__MACOSX/" in member.name  # companions of no use
+            if not of_macos and (member.isreg() or member.issym() or member.islnk()):
                 stem, _, suffix = name.partition(".")
+                if any(is_hidden(part) for part in member.name.split("/") if part.strip(".")):
+                    stem, suffix = "", name
                 samples[os.path.join(folder, stem)][suffix] = tar, member
         for key, parts in samples.items():
             images = list(sample_images(key, parts)) if os.path.basename(key) else []
@@ -522,9 +533,13 @@ def shard_images(url: str) -> Iterator[ShardImage]:
                     yield ShardImage(os.path.splitext(name)[0], data, number)
                 except DataError as e:
                     yield ShardImage(name, e)
-            if not images:
+            used = [part for _, part, _ in images]
+            for suffix in (s for s, part in parts.items() if used and is_image(s) and part not in used):
+                warn(f"in tar shards, KEY.{suffix} beside an image is its companion, not an image of its own")
+            if not used:
                 listed = ", ".join(member.name for _, member in parts.values())
-                yield ShardImage(key, DataError(f"{url}/{listed}: no image, and beside none"))
+                why = "no image, and not beside one" if os.path.basename(key) else "hidden"
+                yield ShardImage(key, DataError(f"{url}/{listed}: {why}"))
 
 # %% ../nbs/08_data.ipynb #2bf13206
 @patch
@@ -537,20 +552,22 @@ def stream(
     "Yield encoded images without end."
     from webdataset import DataPipeline, ResampledShards, shuffle
 
+    def attempt(url: str) -> Iterator[ShardImage]:
+        try:
+            yield from shard_images(url)
+        except DataError as e:
+            yield ShardImage("", e)
+
     def read(shards: Iterable[dict]) -> Iterator[ImageBytes]:
         for url in (shard["url"] for shard in shards):
-            found = 0
-            try:
-                for name, image, _ in shard_images(url):
-                    found += 1
-                    if isinstance(image, ImageBytes):
-                        yield image
-                    else:
-                        skip(f"{url}/{name}", str(image))
-                if not found:
-                    raise DataError(f"{url} holds no image: leave it out")
-            except DataError as e:
-                skip(url, str(e))
+            item = None
+            for item in attempt(url):
+                if isinstance(item.image, ImageBytes):
+                    yield item.image
+                else:
+                    skip(f"{url}/{item.name}".rstrip("/"), str(item.image))
+            if item is None:
+                skip(url, f"{url} holds no image: leave it out")
 
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = ResampledShards(self.urls, seed=number, worker_seed=lambda: 0, deterministic=True)
@@ -772,7 +789,7 @@ def labels(self: ImageFiles) -> list[str]:  # one per image; empty for none
     classes = sorted({name for folder in folders for name in class_folders(folder)})
     numbers = {name: str(n) for n, name in enumerate(classes)}
     if unused := sorted({*classes} - {parts[0] for parts in inner if parts}):
-        warnings.warn(f"class folders without an image: {', '.join(unused)}", stacklevel=3)
+        warn(f"class folders without an image: {', '.join(unused)}")
     if folders and any(isinstance(origin, str) and origin for origin in self.origins):
         raise DataError("labels of lists and of class folders do not mix: list the folder with make-list")
     for path, origin, parts in zip(self, self.origins, inner, strict=True):
@@ -789,10 +806,14 @@ def class_folders(folder: Path) -> list[str]:
 
 # %% ../nbs/08_data.ipynb #4bab5b72
 def image_labels(
-    images: ImageFiles | HubImages,
+    images: Images,
     labels: str | os.PathLike | None = None,  # file with one number per image, for images without labels
-) -> list[str]:  # one label per image, empty for none
+) -> list[str]:  # one label per image, empty for none; no label for shards, which are a stream
     "Return class labels from a file or those that the images come with; raise `DataError`."
+    if isinstance(images, Shards):
+        if labels:
+            raise DataError("tar shards carry their own labels, in KEY.cls: leave out the file of labels")
+        return []
     if labels:
         found = Path(labels).read_text().split()
         if len(found) != len(images) or not all(n.isdigit() for n in found):
@@ -800,7 +821,7 @@ def image_labels(
         return found
     found = images.labels()
     if 0 < (missing := found.count("")) < len(found):
-        warnings.warn(f"{missing} of {len(found)} images have no label", stacklevel=2)
+        warn(f"{missing} of {len(found)} images have no label")
     return found
 
 # %% ../nbs/08_data.ipynb #b3a174ce

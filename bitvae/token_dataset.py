@@ -399,9 +399,7 @@ def tokenize(
     if tok.device.type == "cpu":
         retain_malloc_heap()
     found = open_source(images)
-    if labels and isinstance(found, Shards):
-        raise ValueError("tar shards carry their own labels, in KEY.cls: leave out the file of labels")
-    named = [] if isinstance(found, Shards) else image_labels(found, labels)
+    named = image_labels(found, labels)
     options = {"size": size, "per_shard": per_shard, "compress": compress, "form": shard_format}
     job = describe_job(tok, found, named, **options, latents=latents)
     plan = plan_shards(found, named, per_shard)
