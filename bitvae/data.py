@@ -133,7 +133,8 @@ def walk_images(folder: Path) -> list[Path]:
             raise PermissionError(f"no permission to read {e.filename}: change its mode or move it") from None
     text = "; ".join(f"{why}: {len(p)}, such as {min(p).relative_to(folder)}" for why, p in passed.items())
     if not files:
-        raise DataError(f"no images in {folder} or below" + (f" (passed over: {text})" if text else ""))
+        found = f" (passed over: {text})" if text else ""
+        raise DataError(f"no images in {folder} or below{found}; give tar shards as {folder}/*.tar")
     if text:
         warn(f"{len(files)} images in {folder}; passed over: {text}")
     return sorted(files)
@@ -155,7 +156,7 @@ def image_files(
     named = {"bundled": bundled_photographs, "held-out": held_out_photographs}
     if source in named:
         return ImageFiles((file, "") for file in named[source]())
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return ImageFiles((file, path) for file in walk_images(path))
     if not path.is_file():
@@ -412,7 +413,7 @@ class Shards:
             from braceexpand import braceexpand
         except ImportError as e:
             raise ImportError("tar shards need one more package: pip install 'bitvae[shards]'") from e
-        self.urls = []
+        self.urls, sources = [], [os.path.expanduser(s) for s in sources]
         for url in (u for s in sources for u in ([s] if Path(s).is_file() else braceexpand(s))):
             folder, name = os.path.split(url)
             pattern = os.path.join(glob.escape(folder), name) if Path(folder).is_dir() else url
@@ -792,11 +793,12 @@ def labels(self: ImageFiles) -> list[str]:  # one per image; empty for none
         warn(f"class folders without an image: {', '.join(unused)}")
     if folders and any(isinstance(origin, str) and origin for origin in self.origins):
         raise DataError("labels of lists and of class folders do not mix: list the folder with make-list")
+    labels = []
     for path, origin, parts in zip(self, self.origins, inner, strict=True):
         if origin in folders and not parts:
             raise DataError(f"some images in {origin} are in class folders, {path.name} is not: move it")
-    given = [origin if isinstance(origin, str) else "" for origin in self.origins]
-    return [numbers[parts[0]] if parts else label for parts, label in zip(inner, given, strict=True)]
+        labels.append(numbers[parts[0]] if parts else origin if isinstance(origin, str) else "")
+    return labels
 
 
 def class_folders(folder: Path) -> list[str]:
