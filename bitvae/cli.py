@@ -13,6 +13,7 @@ __all__ = ['COMMANDS', 'TOKENIZER', 'PROCESSES', 'argument', 'command', 'describ
 import argparse
 import ast
 import json
+import logging
 import os
 import re
 import signal
@@ -213,9 +214,10 @@ def make_list_command(args: argparse.Namespace) -> None:
 def encode_command(args: argparse.Namespace) -> None:
     "Encode an image into a bits file."
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode, optimize=True)
+    file = staging_path(args.bits)  # /dev/stdout is another file afterwards
     encode_file(tok, args.image, args.bits, args.size, not args.raw)
     if Path(args.bits).is_file():  # no device or FIFO
-        print(describe_file(args.bits))
+        print(describe_file(file))
 
 # %% ../nbs/30_cli.ipynb #f092fffe
 @command(argument("bits", help="of one image"),
@@ -306,15 +308,20 @@ def private_kernel_manager(started: list) -> type:
     from jupyter_client.manager import AsyncKernelManager
 
     class PrivateKernelManager(AsyncKernelManager):
-        kernel_spec = KernelSpec(**get_kernel_dict())
+        kernel_spec = None  # instead of a search among the installed ones
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.sockets = tempfile.TemporaryDirectory(prefix="bitvae-")
+            long = len(os.fsencode(tempfile.gettempdir())) > 70 and os.access("/tmp", os.W_OK)
+            self.sockets = tempfile.TemporaryDirectory(prefix="bitvae-", dir="/tmp" if long else None)
             address = str(Path(self.sockets.name, "kernel"))
             self.connection_file = f"{address}.json"
             if os.name == "posix" and len(os.fsencode(address)) < 100:
                 self.transport, self.ip = "ipc", address
+            folders = "IPYTHONDIR JUPYTER_CONFIG_DIR JUPYTER_DATA_DIR JUPYTER_RUNTIME_DIR".split()
+            homeless = os.path.expanduser("~") == "~"
+            env = dict.fromkeys(folders, self.sockets.name) if homeless else {}
+            self.kernel_spec = KernelSpec(**get_kernel_dict(), env=env)
             started.append(self)
 
         async def _async_interrupt_kernel(self):
@@ -347,14 +354,15 @@ def forward_interrupts(kernels: list) -> Iterator[None]:
 def notebook_parameters(notebook: str | os.PathLike) -> dict[str, bool]:
     "Return the names in the cell tagged `parameters` and whether each is text; raise `ValueError`."
     from IPython.core.inputtransformer2 import TransformerManager
+    from nbformat import ValidationError
     from papermill.iorw import load_notebook_node
 
-    cells = load_notebook_node(str(notebook)).cells
-    source = next((cell.source for cell in cells if "parameters" in cell.metadata.tags), "")
     try:
+        cells = load_notebook_node(str(notebook)).cells
+        source = next((cell.source for cell in cells if "parameters" in cell.metadata.tags), "")
         nodes = ast.parse(TransformerManager().transform_cell(source)).body
-    except SyntaxError as e:
-        raise ValueError(f"the cell of {notebook} tagged parameters is no Python: {e}") from None
+    except (SyntaxError, ValidationError) as e:
+        raise ValueError(f"{notebook} is no notebook with a Python cell tagged parameters: {e}") from None
     known = {}
     for node in nodes:
         if isinstance(node, ast.Assign | ast.AnnAssign):
@@ -379,7 +387,10 @@ def run_notebook(
     if unknown := [name for name in parameters if name not in known]:
         names = ", ".join(known) or "none"
         raise ValueError(f"unknown parameter {', '.join(unknown)}: {notebook} knows {names}")
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it misses parameters whose type has a `|`
     output, kernels = Path(os.path.expanduser(output)), []
+    for file in (notebook, output):
+        str(file).encode()  # raises `UnicodeEncodeError`: papermill records both names
     output.parent.mkdir(parents=True, exist_ok=True)
     running, failed = (staging_path(output).with_suffix(f".{end}.ipynb") for end in ("running", "failed"))
     options = {"kernel_name": "python3", "language": "python"}
@@ -387,12 +398,13 @@ def run_notebook(
     options |= {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:
         with forward_interrupts(kernels):
-            papermill.execute_notebook(str(notebook), str(running), parameters, **options)
+            paths = (re.sub("[{}]", r"\g<0>\g<0>", str(file)) for file in (notebook, running))  # templates
+            papermill.execute_notebook(*paths, parameters, **options)
     except BaseException as e:
         if running.exists():
             os.replace(running, failed)
         if isinstance(e, RuntimeError):  # of nbclient and jupyter_client
-            reason = "the kernel was killed, often out of memory"
+            reason = "the kernel did not start or was killed, often out of memory"
             raise NotebookError(f"{notebook} failed: {e}: {reason} (so far: {failed})") from e
         if not isinstance(e, PapermillExecutionError):
             raise
