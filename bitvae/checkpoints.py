@@ -100,7 +100,7 @@ def tokenizer_weights(checkpoint: Mapping) -> dict[str, Tensor]:
     if len(found) > 1:
         names = ", ".join(where or "the outermost names" for where in found)
         raise CheckpointError(f"several tokenizers, under {names}: save one of them alone")
-    ignored = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
+    ignored = ("perceptual_model.", "quantize.", "quantizer.lfq.mask", "loss.")
     (weights,) = found.values()
     return {name: w for name, w in weights.items() if not name.startswith(ignored)}
 

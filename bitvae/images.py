@@ -195,7 +195,7 @@ def atomic_write(file: str | os.PathLike) -> Iterator[Path]:
     file, target = Path(os.path.expanduser(file)), staging_path(file)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {file}: no such folder {target.parent}")
-    temporary = target.with_name(f".{os.getpid()}.{target.name[-60:]}")  # a name has at most 255 bytes
+    temporary = target.with_name(f".{os.getpid()}.{file.name[-60:]}")  # a name has at most 255 bytes
     try:
         temporary.touch()
         mode = (target if target.is_file() else temporary).stat().st_mode

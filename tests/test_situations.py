@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from children import bitvae, call, command_line
+from safetensors.torch import save_file
 
 from bitvae import Bits, BitVAE, load_image, save_image
 from bitvae.images import atomic_write, bundled_photographs
@@ -28,12 +29,16 @@ def test_links_devices_modes_and_long_names(tmp_path):
         with atomic_write(tmp_path / name) as part:
             part.write_bytes(b"new")
     reader.join(10)
+    with atomic_write(tmp_path / "private") as part:
+        save_file({}, part)  # with mode 600
+    (tmp_path / "plain").touch()
+    assert len({(tmp_path / name).stat().st_mode for name in ("plain", "private")}) == 1
     assert received == [b"new"] and (tmp_path / "fifo").is_fifo()
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
     with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_write(tmp_path):
         pass
-    assert len(list(tmp_path.iterdir())) == 5  # no temporary file
+    assert len(list(tmp_path.iterdir())) == 7  # no temporary file
 
 
 def test_home_and_names_with_a_tilde(tmp_path, monkeypatch):
