@@ -534,7 +534,8 @@ def evaluate(
     weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
     results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen)}
-    parts, hashes = folder and Path(folder) / "parts", {str(p): protocol_hash(p) for p in protocols}
+    parts = folder and Path(os.path.expanduser(folder)) / "parts"
+    hashes = {str(p): protocol_hash(p) for p in protocols}
     if parts and rank == 0:
         check_settings(parts, results | {"protocols": hashes, "mode": mode})
     wait_for_all()
@@ -652,7 +653,7 @@ def evaluate_from_args(args: argparse.Namespace) -> dict:
     options = {name: getattr(args, name) for name in ("metrics", "batch", "workers", "codec_rates", "folder")}
     results = evaluate(tok, args.images, protocols, **options)
     if args.folder and results:
-        save_results(results, Path(args.folder) / "metrics.json")
+        save_results(results, Path(os.path.expanduser(args.folder)) / "metrics.json")
     return results
 
 # %% ../nbs/14_evaluation.ipynb #bee223f8

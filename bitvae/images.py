@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'to_tensor', 'to_uint8', 'to_image', 'show_images', 'ImageError', 'ImageBytes', 'from_16bit_grey',
-           'to_rgb', 'open_lazy', 'open_image', 'jpeg_size', 'center_crop', 'load_image', 'atomic_write', 'save_image',
-           'error_map', 'difference', 'bundled_photographs', 'held_out_photographs']
+           'to_rgb', 'open_lazy', 'open_image', 'jpeg_size', 'center_crop', 'load_image', 'staging_path',
+           'atomic_write', 'save_image', 'error_map', 'difference', 'bundled_photographs', 'held_out_photographs']
 
 # %% ../nbs/00_images.ipynb #c8115906
 import io
 import math
 import os
 import struct
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -179,16 +180,31 @@ def load_image(
     return to_tensor(image if size is None else center_crop(image, size))
 
 # %% ../nbs/00_images.ipynb #43bd9756
+def staging_path(file: str | os.PathLike) -> Path:
+    "Return where to prepare a file: at a link's target; in the temporary folder for a device or FIFO."
+    file = Path(os.path.expanduser(file))
+    if file.is_dir():
+        raise IsADirectoryError(f"cannot write {file}: it is a folder")
+    special = file.exists() and not file.is_file()
+    return Path(tempfile.gettempdir(), file.name) if special else Path(os.path.realpath(file))
+
+
 @contextmanager
 def atomic_write(file: str | os.PathLike) -> Iterator[Path]:
-    "Yield a temporary name for a `with` block, then rename it to `file`, or remove it on an error."
-    file = Path(file)
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {file}: no such folder {file.parent}")
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
+    "Yield a temporary file, then rename it to `file`, or copy it to a device or FIFO; remove it on an error."
+    file, target = Path(os.path.expanduser(file)), staging_path(file)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {file}: no such folder {target.parent}")
+    temporary = target.with_name(f".{os.getpid()}.{file.name[-60:]}")  # a name has at most 255 bytes
     try:
+        temporary.touch()
+        mode = (target if target.is_file() else temporary).stat().st_mode
         yield temporary
-        os.replace(temporary, file)
+        if file.exists() and not file.is_file():
+            file.write_bytes(temporary.read_bytes())
+        else:
+            temporary.chmod(mode)
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -584,7 +584,8 @@ def train(
 
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
-    accelerator, folder = Accelerator(cpu=not torch.cuda.is_available()), Path(folder)
+    folder = Path(os.path.expanduser(folder))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     images, config, main = open_source(images), resolve_config(config, folder), accelerator.is_main_process
     x = validation_images(validation, min(as_tuple(config.size)))
     perceptual = perceptual or perceptual_distance(config.perceptual)
