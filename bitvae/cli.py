@@ -30,7 +30,8 @@ from .data import write_list
 from .entropy_coding import save_coder
 from .evaluation import add_evaluate_arguments, evaluate_arguments, evaluate_from_args
 from .evaluation import read_results, results_table
-from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, run_processes, torchrun_command
+from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, drop_launcher_variables
+from .launch import run_processes, torchrun_command
 from .lpips_weights import fetch_lpips
 from .recipes import parse_setting
 from .schedules import scale_schedule
@@ -105,6 +106,7 @@ class NotebookError(RuntimeError):
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run one command, by default that of the command line, and return the exit code."
     args = build_parser().parse_args(arguments)
+    drop_launcher_variables()
     try:
         args.function(args)
         return 0
