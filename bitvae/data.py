@@ -422,7 +422,7 @@ def leave_group(worker: int = 0) -> None:
     "Move this process to a process group of its own (a `worker_init_fn`)."
     os.setpgid(0, 0)
 
-# %% ../nbs/08_data.ipynb #727ad9f8
+# %% ../nbs/08_data.ipynb #09b0f5b5
 def read_items(
     dataset: Dataset | Sequence,
     convert: Callable,  # item -> item of arrays and plain values, in the worker
@@ -436,7 +436,7 @@ def read_items(
     try:
         it = iter(loader)
     except OSError as e:
-        raise DataError(f"cannot start {workers} processes that load images ({e}): use fewer workers") from e
+        raise DataError(f"cannot start {workers} processes that load images ({e}): use fewer, or 0") from e
     try:
         while not stopped():
             try:

@@ -486,9 +486,9 @@ def evaluate_group(job: EvalJob, results: dict) -> dict[int, str]:
         result = evaluate_pending(job)
     if result is None:
         return {}
-    results["unreadable"] = [result.unreadable[i] for i in sorted(result.unreadable)]
+    results["unreadable"] = {str(job.files[i]): reason for i, reason in sorted(result.unreadable.items())}
     if not result.indices:
-        raise ImageError(results["unreadable"][0])
+        raise ImageError(next(iter(results["unreadable"].values())))
     job.references = update_references(job, result)
     scales = [info["last_scale"] for info in result.info.values() if "scales" in info]
     stats = [describe_bit_stats(s) for s in result.bit_stats]
@@ -554,7 +554,7 @@ def evaluate(
     if parts and rank == 0:
         check_settings(parts, results | {"protocols": hashes, "mode": mode})
     wait_for_all()
-    results |= {"images": [], "unreadable": [], "bits": {}, "protocols": hashes}
+    results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
     for (schedule, crop), group in group_protocols(protocols, mode).items():
         place = parts and parts / f"{schedule}-{crop}"
         settings = metrics, nets, codec_rates, chosen, {}, batch, workers, place, save_every
@@ -564,7 +564,7 @@ def evaluate(
         return {}
     results["libraries"] = {m: f"{LIBRARIES[m]} {importlib.metadata.version(LIBRARIES[m])}" for m in metrics}
     results["images"] = [files[i].name for i in digests]
-    names, unreadable = [str(files[i]) for i in digests], results["unreadable"]
+    names, unreadable = [str(files[i]) for i in digests], list(results["unreadable"].values())
     results["warnings"] = collect_warnings(names, list(digests.values()), nets, unreadable)
     for text in results["warnings"]:
         warnings.warn(text, stacklevel=2)

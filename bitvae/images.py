@@ -82,8 +82,8 @@ def show_images(
 # %% ../nbs/00_images.ipynb #81f517a5
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes
 PngImagePlugin.MAX_TEXT_MEMORY = 256 << 20
-if "BITVAE_MAX_PIXELS" in os.environ:
-    Image.MAX_IMAGE_PIXELS = int(float(os.environ["BITVAE_MAX_PIXELS"]))
+if (limit := os.environ.get("BITVAE_MAX_PIXELS", "")).isdigit():
+    Image.MAX_IMAGE_PIXELS = int(limit)
 
 
 class ImageError(ValueError):
@@ -110,7 +110,7 @@ def from_16bit_grey(image: Image.Image) -> Image.Image:
         grey8.putalpha(Image.fromarray((grey != image.info["transparency"]).astype(np.uint8) * 255))
     return grey8
 
-# %% ../nbs/00_images.ipynb #3d096e65
+# %% ../nbs/00_images.ipynb #530bf9bd
 TRANSPOSITIONS = dict(enumerate((  # by EXIF orientation
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
@@ -186,7 +186,7 @@ def jpeg_size(file: str | os.PathLike | ImageBytes) -> tuple[int, int] | None:
         rotated = exif_transposition(image) in [TRANSPOSITIONS[n] for n in (5, 6, 7, 8)]
         return image.size[::-1] if rotated else image.size
 
-# %% ../nbs/00_images.ipynb #7c786c3c
+# %% ../nbs/00_images.ipynb #1e479b29
 MAX_RESIZED_PIXELS = 1 << 26
 
 
