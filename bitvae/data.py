@@ -422,7 +422,7 @@ def leave_group(worker: int = 0) -> None:
     "Move this process to a process group of its own (a `worker_init_fn`)."
     os.setpgid(0, 0)
 
-# %% ../nbs/08_data.ipynb #09b0f5b5
+# %% ../nbs/08_data.ipynb #cf0a7966
 def read_items(
     dataset: Dataset | Sequence,
     convert: Callable,  # item -> item of arrays and plain values, in the worker
@@ -444,8 +444,9 @@ def read_items(
             except StopIteration:
                 return
             except (ValueError, OSError) as e:
-                cause = str(e).rpartition(f"{type(e).__name__}: ")[2].strip()
-                raise (type(e)(cause) if "DataLoader worker" in str(e) else e) from e
+                if "DataLoader worker" not in str(e):
+                    raise
+                raise type(e)(str(e).rpartition(f"{type(e).__name__}: ")[2].strip()) from e
             except RuntimeError as e:
                 if "timed out" not in str(e):
                     raise
