@@ -127,6 +127,7 @@ def test_a_signal_ends_the_wait_for_images(tmp_path, monkeypatch):
 
     def stuck(self, n, size):
         if n >= 4 and os.getpid() != parent:
+            time.sleep(2)  # until it waits
             os.kill(parent, signal.SIGTERM)
             time.sleep(60)
         return crop(self, n, size)
