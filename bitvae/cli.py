@@ -34,7 +34,8 @@ from .entropy_coding import save_coder
 from .evaluation import add_evaluate_arguments, evaluate_arguments, evaluate_from_args
 from .evaluation import read_results, results_table
 from .images import atomic_write, staging_path
-from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, run_processes, torchrun_command
+from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, drop_launcher_variables
+from .launch import run_processes, torchrun_command
 from .lpips_weights import fetch_lpips
 from .recipes import parse_setting
 from .schedules import scale_schedule
@@ -130,6 +131,7 @@ def plain_output() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run one command, by default that of the command line, and return the exit code."
     args = expand_home(build_parser().parse_args(arguments))
+    drop_launcher_variables()
     try:
         with plain_output():
             args.function(args)
