@@ -391,17 +391,16 @@ def run_notebook(
         raise ValueError(f"unknown parameter {', '.join(unknown)}: {notebook} knows {names}")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it misses parameters whose type has a `|`
     output, kernels = Path(os.path.expanduser(output)), []
-    for file in (notebook, output):
-        str(file).encode()  # raises `UnicodeEncodeError`: papermill records both names
+    f"{notebook}\n{output}".encode()  # raises `UnicodeEncodeError`: papermill records both names
     output.parent.mkdir(parents=True, exist_ok=True)
     running, failed = (staging_path(output).with_suffix(f".{end}.ipynb") for end in ("running", "failed"))
-    options = {"kernel_name": "python3", "language": "python"}
-    options |= {"kernel_manager_class": private_kernel_manager(kernels)}
-    options |= {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
+    options |= {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:
         with forward_interrupts(kernels):
             paths = (re.sub("[{}]", r"\g<0>\g<0>", str(file)) for file in (notebook, running))  # templates
-            papermill.execute_notebook(*paths, parameters, **options)
+            manager = private_kernel_manager(kernels)
+            papermill.execute_notebook(*paths, parameters, kernel_manager_class=manager, **options)
     except BaseException as e:
         if running.exists():
             os.replace(running, failed)
