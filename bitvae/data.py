@@ -86,6 +86,8 @@ def read_list(
             hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
             raise DataError(f"{file} line {number}: no such image file: {file.parent / path.strip()}{hint}")
         label = numbers.strip() if name.strip() == path.strip() else ""
+        if label.isdigit() and int(label) >= 2**63:
+            raise DataError(f"{file} line {number}: label {label} does not fit into 64 bits")
         found.append((file.parent / name, label if label.isdigit() else ""))
     if not found:
         raise DataError(f"{file} lists no image")

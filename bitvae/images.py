@@ -142,7 +142,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 @contextmanager
 def open_lazy(file: str | os.PathLike | ImageBytes) -> Iterator[Image.Image]:
     "Open an image without decoding it; raise `FileNotFoundError`, `PermissionError` or `ImageError`."
-    file = Path(file).expanduser() if isinstance(file, str) else file
+    file = Path(os.path.expanduser(file)) if isinstance(file, str) else file
     try:
         with Image.open(io.BytesIO(file.data) if isinstance(file, ImageBytes) else file) as image:
             yield image
