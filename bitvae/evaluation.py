@@ -494,6 +494,7 @@ def evaluate_group(job: EvalJob, results: dict) -> dict[int, str]:
     stats = [describe_bit_stats(s) for s in result.bit_stats]
     results["bits"][f"{mode} {crop}"] = {"scales": scales, "usage": stats}
     digests = dict(sorted(zip(result.indices, result.digests, strict=True)))
+    results["images"] = [job.files[i].name for i in digests]
     pixels = hashlib.sha256(" ".join(digests.values()).encode()).hexdigest()[:16]
     shared = {"pixels": pixels, "bits": f"{mode} {crop}"}
     for p in job.protocols:
@@ -564,7 +565,6 @@ def evaluate(
     if rank > 0:
         return {}
     results["libraries"] = {m: f"{LIBRARIES[m]} {importlib.metadata.version(LIBRARIES[m])}" for m in metrics}
-    results["images"] = [files[i].name for i in digests]
     names, unreadable = [str(files[i]) for i in digests], list(results["unreadable"].values())
     results["warnings"] = collect_warnings(names, list(digests.values()), nets, unreadable)
     for text in results["warnings"]:
