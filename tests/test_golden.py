@@ -10,7 +10,7 @@ from bitvae.kernels import optimize
 from bitvae.losses import PatchDiscriminator, discriminator_loss, generator_loss
 from bitvae.metrics import PROTOCOLS, psnr, ssim
 from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, quantize_residual, scale_loss, straight_through
-from bitvae.schedules import LISTED, scale_schedule
+from bitvae.schedules import LISTED, generation_schedule, generation_size, scale_schedule
 from bitvae.teacher_forcing import bits_from_tokens, next_input, teacher_forcing
 from bitvae.tiling import tiled_forward
 
@@ -44,6 +44,16 @@ def test_resolutions(golden):
     for rows in golden("resolutions.json").values():
         for (H, W), scales in rows:
             assert scale_schedule(H // 16, W // 16) == tuple(map(tuple, scales))
+
+
+def test_generation_schedules(golden):
+    for ratio, ((small, scales), (medium, _), (large, scales_1m), _) in golden("resolutions.json").items():
+        ratio = float(ratio)
+        assert generation_schedule(ratio, "0.06M") == tuple(map(tuple, scales))
+        assert generation_schedule(ratio, "0.60M") == tuple(map(tuple, scales_1m[:12]))
+        assert generation_schedule(ratio, patch=2) == tuple((2 * h, 2 * w) for h, w in scales_1m)
+        budgets = ("0.06M", "0.25M", "1M")
+        assert [[*generation_size(ratio, b)] for b in budgets] == [small, medium, large]
 
 
 def test_schedules_of_other_sizes():
