@@ -159,8 +159,7 @@ def exclusive_run(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        remedy = "wait for it, or choose another folder"
-        raise ValueError(f"another run is active in {folder}: {remedy}") from None
+        raise ValueError(f"another run is active in {folder}: wait, or choose another folder") from None
 
 # %% ../nbs/12_launch.ipynb #9756ae21
 def is_alive(pid: int) -> bool:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESIZES', 'LPIPS_NETS', 'INCEPTION_FILES', 'PROTOCOLS', 'Protocol', 'check_protocol', 'protocol', 'protocol_hash',
-           'crop_key', 'torchvision_crop', 'crop_image', 'to_protocol_bytes', 'check_pair', 'as_arrays', 'psnr', 'ssim',
-           'ms_ssim', 'load_inception', 'InceptionFeatures', 'EfficientNetFeatures', 'FeatureMoments',
-           'frechet_distance', 'frechet_warning', 'sample_indices', 'set_distances', 'ScaleBitStats',
+           'crop_key', 'torchvision_crop', 'crop_image', 'to_protocol_bytes', 'check_pair', 'to_levels', 'psnr',
+           'window_means', 'ssim', 'ms_ssim', 'load_inception', 'InceptionFeatures', 'EfficientNetFeatures',
+           'FeatureMoments', 'frechet_distance', 'frechet_warning', 'sample_indices', 'set_distances', 'ScaleBitStats',
            'describe_bit_stats', 'count_bits']
 
 # %% ../nbs/13_metrics.ipynb #c2f1fbe8
@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -176,39 +175,58 @@ def check_pair(x: Tensor, y: Tensor) -> None:
         raise ValueError("images to compare contain NaN or infinity")
 
 # %% ../nbs/13_metrics.ipynb #cad47600
-def as_arrays(x: Tensor, y: Tensor, p: Protocol) -> list[tuple[np.ndarray, np.ndarray]]:
-    "Return pairs of images (H, W, 3), float64 in [0, 1], for scikit-image."
+def to_levels(x: Tensor, y: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
+    "Return images and reconstructions (B, 3, H, W) as the protocol compares them, float64 in [0, 1]."
     check_pair(x, y)
-    a, b = (to_protocol_bytes(t, p).permute(0, 2, 3, 1).cpu().numpy() / 255 for t in (x, y))
-    return list(zip(a, b, strict=True))
+    a, b = (to_protocol_bytes(t, p) for t in (x, y))
+    if x.device.type == "mps":  # has no float64
+        a, b = a.cpu(), b.cpu()
+    return a.double() / 255, b.double() / 255
 
 # %% ../nbs/13_metrics.ipynb #620314de
 def psnr(
     x: Tensor,  # images (B, 3, H, W) in [-1, 1]
     y: Tensor,  # reconstructions, the same shape
     p: Protocol = PROTOCOLS["clamped"],
-) -> Tensor:  # (B,), float64, dB; infinite for equal images
-    "Return the peak signal-to-noise ratio of each pair over all channels (scikit-image)."
-    from skimage.metrics import peak_signal_noise_ratio
+) -> Tensor:  # (B,), float64, dB, on the CPU; infinite for equal images
+    "Return the peak signal-to-noise ratio of each pair over all channels."
+    a, b = to_levels(x, y, p)
+    return (-10 * (a - b).square().mean((1, 2, 3)).log10()).cpu()
 
-    with np.errstate(divide="ignore"):
-        values = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in as_arrays(x, y, p)]
-    return torch.tensor(values, dtype=torch.float64)
+# %% ../nbs/13_metrics.ipynb #46ffe76d
+def window_means(
+    x: Tensor,        # (B, C, H, W)
+    weights: Tensor,  # (k,): those of a window are their outer product
+) -> Tensor:  # (B, C, H - k + 1, W - k + 1)
+    "Return the weighted mean of every window inside the images, as products with two banded matrices."
+    def band(n: int) -> Tensor:
+        matrix = x.new_zeros(n - len(weights) + 1, n)
+        for offset, weight in enumerate(weights.tolist()):
+            matrix.diagonal(offset).fill_(weight)
+        return matrix
+
+    return band(x.shape[-2]) @ x @ band(x.shape[-1]).mT
 
 # %% ../nbs/13_metrics.ipynb #f5c7c401
-def ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:  # (B,), float64, at most 1
-    "Return the structural similarity of each pair, the mean over channels (scikit-image); see `psnr`."
-    from skimage.metrics import structural_similarity
-
-    side = p.ssim_window or 11
+def ssim(
+    x: Tensor,  # images (B, 3, H, W) in [-1, 1]
+    y: Tensor,  # reconstructions, the same shape
+    p: Protocol = PROTOCOLS["clamped"],
+) -> Tensor:  # (B,), float64, on the CPU; at most 1
+    "Return the structural similarity of each pair, the mean over channels; raise `ValueError` if too small."
+    side, offsets = p.ssim_window or 11, torch.arange(-5.0, 6, dtype=torch.float64)
+    weights = torch.ones(side) if p.ssim_window else torch.exp(-(offsets**2) / (2 * 1.5**2))
     if min(x.shape[-2:]) < side:
         raise ValueError(f"SSIM needs windows of {side}x{side} pixels, the images are {tuple(x.shape[-2:])}")
-    gaussian = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    window = {"win_size": side} if p.ssim_window else gaussian
-    of_pair = partial(structural_similarity, data_range=p.ssim_range, channel_axis=-1, **window)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        values = list(pool.map(of_pair, *zip(*as_arrays(x, y, p), strict=True)))
-    return torch.tensor(values, dtype=torch.float64)
+    a, b = to_levels(x, y, p)
+    of = partial(window_means, weights=weights.double() / weights.sum())
+    factor = side**2 / (side**2 - 1) if p.ssim_window else 1.0
+    mean_a, mean_b = of(a), of(b)
+    product, squares = mean_a * mean_b, mean_a**2 + mean_b**2
+    covariance, variances = factor * (of(a * b) - product), factor * (of(a * a + b * b) - squares)
+    c1, c2 = (0.01 * p.ssim_range) ** 2, (0.03 * p.ssim_range) ** 2
+    similarity = (2 * product + c1) / (squares + c1) * (2 * covariance + c2) / (variances + c2)
+    return similarity.mean((1, 2, 3)).cpu()
 
 # %% ../nbs/13_metrics.ipynb #f202fab7
 def ms_ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:  # (B,), float64, at most 1

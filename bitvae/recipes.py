@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'PYTHON_WORDS', 'MUTABLE_FIELDS',
-           'RENAMED_FIELDS', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
-           'parse_setting', 'config_to_dict', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate',
-           'estimate_cost']
+           'RENAMED_FIELDS', 'LossConfig', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
+           'parse_setting', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate', 'estimate_cost']
 
 # %% ../nbs/09_recipes.ipynb #bc844854
 import argparse
@@ -14,7 +13,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import inf
 
@@ -28,9 +27,25 @@ from .losses import Distance, PatchDiscriminator, check_perceptual
 from .schedules import scale_schedule
 from .tokenizer import BitVAE, BitVAEConfig, check_types, config_from_dict
 
+# %% ../nbs/09_recipes.ipynb #26425a52
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    "The losses of a training run and their weights."
+
+    pixel_loss: str = "l1"             # "l1" or "mse"
+    pixel_weight: float = 1.0          # of the pixel loss
+    perceptual: str = "lpips"          # "lpips", "lpips:FILE", "efficientnet" or "none"
+    perceptual_weight: float = 1.0     # of the perceptual distance
+    discriminator_start: int | None = 50_000  # first step with the discriminator; None: no discriminator
+    discriminator_channels: int = 128  # of the discriminator's first layer
+    adversarial_weight: float = 0.3    # of the discriminator's logits
+    quantizer_weight: float = 4.0      # of the quantizer's losses
+    latent_mean_weight: float = 0.0    # see `generator_loss`
+    latent_mse_weight: float = 0.0     # see `generator_loss`
+
 # %% ../nbs/09_recipes.ipynb #6884352d
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(LossConfig):
     "One training run; the defaults are those of the published first stage (Infinity, d = 16)."
 
     name: str = "custom"               # for logs and messages
@@ -61,15 +76,6 @@ class TrainConfig:
     lr_drop: float = 0.9               # fraction of the steps before the drop
     ema: float = 0.0                   # decay of the averaged weights; 0: none
 
-    pixel_loss: str = "l1"             # "l1" or "mse"
-    pixel_weight: float = 1.0          # of the pixel loss
-    perceptual: str = "lpips"          # "lpips", "lpips:FILE", "efficientnet" or "none"
-    perceptual_weight: float = 1.0     # of the perceptual distance
-    discriminator_start: int | None = 50_000  # first step with the discriminator; None: no discriminator
-    adversarial_weight: float = 0.3    # of the discriminator's logits
-    quantizer_weight: float = 4.0      # of the quantizer's losses
-    latent_mean_weight: float = 0.0    # see `generator_loss`
-    latent_mse_weight: float = 0.0     # see `generator_loss`
     init_latent_norm: float | None = None  # mean norm of the first latents, centered; None: unchanged
     precision: str = "float32"         # "bf16": networks under autocast, quantizer and losses in float32
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass
@@ -90,7 +96,8 @@ CHOICES = {
 RANGES = {  # wanted: predicate, fields
     "in [0, 1)": (lambda v: 0 <= v < 1, "drop_rate prefix_rate warmup ema"),
     "in [0, 1]": (lambda v: 0 <= v <= 1, "full_image_prob color_jitter max_unreadable lr_drop"),
-    "at least 1": (lambda v: 1 <= v < inf, "accumulate steps checkpoint_every keep_checkpoints max_zoom"),
+    "at least 1": (lambda v: 1 <= v < inf, "accumulate max_zoom steps discriminator_channels "
+                                           "checkpoint_every keep_checkpoints"),
     "zero or positive": (
         lambda v: 0 <= v < inf, "quantizer_weight latent_mean_weight latent_mse_weight seed"),
     "positive": (lambda v: 0 < v < inf, "pixel_weight perceptual_weight adversarial_weight"),
@@ -154,6 +161,8 @@ QUICK = TrainConfig(
     steps=2000, lr=1.5e-3, warmup=0.05, lr_decay="cosine", pixel_loss="mse", perceptual="none",
     discriminator_start=None, latent_mse_weight=1.0, init_latent_norm=3.0, checkpoint_every=200,
 )  # fmt: skip
+
+# %% ../nbs/09_recipes.ipynb #fa9d38d5
 SMOKE = replace(
     QUICK, name="smoke", model=replace(QUICK.model, channels=24), size=32, batch=2,
     steps=3, checkpoint_every=2,
@@ -170,6 +179,8 @@ DEMO1 = TrainConfig(
     discriminator_start=None, quantizer_weight=1.0, latent_mean_weight=0.5, latent_mse_weight=1.0,
     init_latent_norm=3.0, precision="bf16", cuda_graph=True, checkpoint_every=1000,
 )  # fmt: skip
+
+# %% ../nbs/09_recipes.ipynb #af3b2b96
 DEMO2 = replace(
     DEMO1, name="demo_stage2", init_from="", init_latent_norm=None, steps=7700, lr=3e-4, ema=0.998,
     prefix_rate=0.25, color_jitter=0.1, pixel_loss="l1", pixel_weight=1.0, perceptual="lpips",
@@ -228,11 +239,6 @@ RENAMED_FIELDS = {  # old: new
     "keep": "keep_checkpoints",
 }  # fmt: skip
 
-
-def config_to_dict(config: TrainConfig) -> dict:
-    "Return a recipe as plain values, for JSON."
-    return asdict(config)
-
 # %% ../nbs/09_recipes.ipynb #56aa8c65
 def config_from_run(values: Mapping) -> TrainConfig:
     "Return the recipe that a run stored as JSON; raise `ValueError` for unknown keys."
@@ -268,7 +274,8 @@ class StepNetworks(nn.Module):
             tok = BitVAE(config.model)
             self.encoder = tok.encoder
             self.decoder = tok.decoder
-            self.discriminator = PatchDiscriminator() if config.discriminator_start is not None else None
+            adversarial = config.discriminator_start is not None
+            self.discriminator = PatchDiscriminator(config.discriminator_channels) if adversarial else None
         self.perceptual = copy.deepcopy(perceptual).to("meta") if isinstance(perceptual, nn.Module) else None
         if config.activation_checkpointing:
             checkpoint_activations(self)

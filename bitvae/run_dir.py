@@ -21,6 +21,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
 from .images import atomic_write, to_uint8
 from .quantizer import binary_entropy, latent_from_bits
-from .recipes import config_from_run, config_to_dict, MUTABLE_FIELDS, TrainConfig
+from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .tokenizer import BitVAE
 
 # %% ../nbs/11_run_dir.ipynb #e55ec327
@@ -108,7 +109,7 @@ def describe_run(config: TrainConfig, images: Images, accelerator) -> dict:  # a
     count = len(images) if hasattr(images, "__len__") else None
     device = accelerator.device
     return {
-        "config": config_to_dict(config),
+        "config": asdict(config),
         "images": {"count": count, "fingerprint": fingerprint(images)},
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
         "commit": git_commit(),
@@ -143,7 +144,7 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict]:
     try:
         record = json.loads(file.read_text())
         config = config_from_run(record["config"])
-        record["config"] = config_to_dict(config)  # with the current names of all fields
+        record["config"] = asdict(config)  # with the current names of all fields
         resume_key(record)
         return config, record
     except (OSError, ValueError, TypeError, KeyError) as e:

@@ -90,7 +90,7 @@ def adamw(module: nn.Module, lr: float, capturable: bool = False) -> torch.optim
     lr = torch.tensor(lr, device=device) if capturable else lr  # a CUDA graph reads it from memory
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, **options)
 
-
+# %% ../nbs/10_training.ipynb #b1df7be4
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     "Set the learning rate of the next update."
     (group,) = optimizer.param_groups
@@ -207,7 +207,8 @@ class Trainer:
 def add_discriminator(self: Trainer, weights: Mapping[str, Tensor] | None) -> None:
     "Create the discriminator and its optimizer; `weights`: initial ones, None: random."
     a = self.accelerator
-    self.raw_discriminator = optimize(PatchDiscriminator().train().to(a.device))
+    discriminator = PatchDiscriminator(self.config.discriminator_channels)
+    self.raw_discriminator = optimize(discriminator.train().to(a.device))
     if weights:
         self.raw_discriminator.load_state_dict(weights)
     if a.device.type == "cuda" and a.num_processes > 1:
@@ -551,7 +552,9 @@ def explain_errors(t: Trainer, checkpoints: Path) -> Iterator[None]:
                         "memory; resume with fewer workers") from e  # fmt: skip
 
 # %% ../nbs/10_training.ipynb #40335c5d
-def run_steps(t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, recorder, folder: Path):
+def run_steps(
+    t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, recorder, folder: Path, on_step=None,
+):  # fmt: skip
     "Train to the last step; raise `Interrupted` after the step in which a signal arrived."
     c, device = t.config, t.accelerator.device
     passes = list(itertools.islice(crops, c.accumulate))
@@ -561,6 +564,8 @@ def run_steps(t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, 
         following = list(itertools.islice(crops, c.accumulate))  # while the device computes
         parts, stopped, found = synchronize(t, parts, passes, stop)
         passes = following
+        if on_step:
+            on_step(t, parts)
         if found:
             unreadable(t.step - 1, round(t.step * t.images_per_step()), found, recorder is not None)
         if recorder:
@@ -580,6 +585,7 @@ def train(
     validation: Source | None = None,    # at most 8 images; None: four photographs of scikit-image
     perceptual: Distance | None = None,  # any callable, instead of the recipe's distance
     wandb: str | None = None,            # project to log to on Weights & Biases
+    on_step: Callable[[Trainer, dict], None] | None = None,  # gets the trainer and the step's losses by name
 ) -> Path:  # the tokenizer's folder, for `BitVAE.from_pretrained`
     "Train; raise `RunExistsError`, `TrainingDiverged`, `Interrupted`, `CheckpointError`, or `DataError`."
     from accelerate import Accelerator
@@ -604,7 +610,7 @@ def train(
         stop = stack.enter_context(StopSignals())
         stack.enter_context(explain_errors(t, folder / "checkpoints"))
         crops = stack.enter_context(remaining_crops(t, images, workers))
-        run_steps(t, crops, stop, unreadable, recorder, folder)
+        run_steps(t, crops, stop, unreadable, recorder, folder, on_step)
         if main:
             t.eval_model.save_pretrained(folder / "tokenizer")
         accelerator.wait_for_everyone()

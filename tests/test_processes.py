@@ -20,10 +20,10 @@ pytestmark = pytest.mark.slow
 WORKER = """
 import sys, torch
 from accelerate import Accelerator
-import bitvae.training as T
 from bitvae.data import CropPlan, CropRule, crop_loader, image_files
 from bitvae.launch import reduce_mean
 from bitvae.recipes import recipe
+from bitvae.training import Trainer, init_tokenizer, train_step
 
 torch.set_num_threads(1)
 accelerator, out, gan = Accelerator(cpu=True), sys.argv[1], sys.argv[2] == "gan"
@@ -33,23 +33,20 @@ config = recipe(
     train_mode="dense", drop_rate=0.5, steps=5, lr=0.01, warmup=0.0, init_latent_norm=None, pixel_loss="l1",
     latent_mse_weight=0.0, discriminator_start=0 if gan else None, shared_drops=not gan,
 )
+t = Trainer(config, accelerator, init_tokenizer(config))
 if not gan:
-    T.adamw = lambda module, lr, capturable: torch.optim.SGD(module.parameters(), lr)
-gradients, optimizer_step = [], T.optimizer_step
-
-def recording_step(optimizer, loss):
-    gradients.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
-    return optimizer_step(optimizer, loss)
-
-T.optimizer_step = recording_step
-t = T.Trainer(config, accelerator, T.init_tokenizer(config))
+    t.optimizer = torch.optim.SGD(t.tok.parameters(), config.lr)
+gradients = []
+t.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in t.tok.parameters()]))
 plan = CropPlan(config.size, config.batch, 0, rank, processes)
 data = crop_loader(image_files("bundled"), plan, range(config.steps), CropRule(4.0))
-losses = [reduce_mean(T.train_step(t, [crops.x])[0], accelerator) for crops in data]
+losses = [reduce_mean(train_step(t, [crops.x])[0], accelerator) for crops in data]
+norm = max(losses[0]["grad_norm"], 1.0)  # the hook sees gradients that are clipped to norm 1
+gradients = [norm * g for g in gradients[0]]
 weights = list(t.tok.state_dict().values())
 if gan:
     weights += list(t.raw_discriminator.state_dict().values())
-torch.save({"losses": losses, "gradients": gradients[0], "weights": weights}, f"{out}.{rank}")
+torch.save({"losses": losses, "gradients": gradients, "weights": weights}, f"{out}.{rank}")
 """
 
 

@@ -4,14 +4,12 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from PIL import Image
 
 from bitvae import BitVAE, load_image
 from bitvae.checkpoints import CheckpointError
-from bitvae.data import CropPlan, DataError
+from bitvae.data import DataError
 from bitvae.images import bundled_photographs
 from bitvae.losses import PatchDiscriminator
 from bitvae.recipes import recipe
@@ -32,7 +30,6 @@ from bitvae.run_dir import (
     newest_checkpoint,
     read_checkpoint,
     read_metrics,
-    summarize_bits,
 )
 from bitvae.training import init_discriminator, train
 
@@ -43,6 +40,7 @@ EVERYTHING = recipe(
     steps=12,
     checkpoint_every=2,
     discriminator_start=2,
+    discriminator_channels=16,
     ema=0.9,
     drop_rate=0.5,
     train_mode="dense",
@@ -50,19 +48,15 @@ EVERYTHING = recipe(
     batch=1,
 )
 MANY = int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000
-SMALL_DISCRIMINATOR = partial(PatchDiscriminator, 16)
 
 
 def run(folder, config=EVERYTHING, delay=0.0):
-    "Train in a child: one thread, a small discriminator, and a delay in seconds before each fsync."
-    import bitvae.training
-
+    "Train in a child: one thread, no output, and a slow disk, a delay in seconds before each fsync."
     torch.set_num_threads(1)
-    sys.stderr = sys.stdout = open(os.devnull, "w")
-    bitvae.training.PatchDiscriminator = SMALL_DISCRIMINATOR
     fsync = os.fsync
     os.fsync = lambda descriptor: (time.sleep(delay), fsync(descriptor))
-    train(config, "bundled", folder, validation=bundled_photographs()[0])
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        train(config, "bundled", folder, validation=bundled_photographs()[0])
 
 
 def start(folder, **options):
@@ -169,8 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, expe
     assert state(finish(tmp_path)) == expected
 
 
-def test_a_second_run_in_the_same_folder_is_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.training.PatchDiscriminator", SMALL_DISCRIMINATOR)
+def test_a_second_run_in_the_same_folder_is_rejected(tmp_path):
     config = replace(EVERYTHING, steps=500)
     child = start(tmp_path, config=config)
     while len(read_metrics(tmp_path / "metrics.jsonl")) < 1:
@@ -182,25 +175,23 @@ def test_a_second_run_in_the_same_folder_is_rejected(tmp_path, monkeypatch):
     child.join()
 
 
-@contextmanager
 def after_steps(steps, action):
-    "Call a function once so many steps were logged, and again in every later one until it returns None."
+    "Return an `on_step` that calls a function after so many steps, and then what the function returns."
 
-    def count(bits):
+    def on_step(t, losses):
         nonlocal steps, action
         steps -= 1
         if steps <= 0 and action:
             action = action()
-        return summarize_bits(bits)
 
-    with patch("bitvae.training.summarize_bits", count):
-        yield
+    return on_step
 
 
-def train_and_stop(steps, *arguments):
-    "Train and send SIGTERM when so many steps are logged."
-    with after_steps(steps, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(KeyboardInterrupt):
-        train(*arguments)
+def train_and_stop(steps, *arguments, **options):
+    "Train and send SIGTERM after so many steps."
+    on_step = after_steps(steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        train(*arguments, **options, on_step=on_step)
 
 
 def test_batches_and_passes_may_change_on_resume(tmp_path):
@@ -261,8 +252,8 @@ def test_a_missing_data_folder_stops_the_run(tmp_path):
 
     started = time.monotonic()
     message = f"the folder {images} is gone: bring it back and resume"
-    with after_steps(3, remove), pytest.raises(DataError, match=message):
-        train(config, images, tmp_path / "run", workers=1)
+    with pytest.raises(DataError, match=message):
+        train(config, images, tmp_path / "run", workers=1, on_step=after_steps(3, remove))
     assert time.monotonic() - started < 60
     assert newest_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] >= 2
     away.rename(images)
@@ -280,8 +271,9 @@ def test_a_loading_process_that_dies_stops_the_run(tmp_path):
 
     started = time.monotonic()
     message = r"step \d+: a process that loads images died .*resume with fewer workers"
-    with after_steps(1, kill_loaders), pytest.raises(DataError, match=message):
-        train(recipe("smoke", steps=4000, checkpoint_every=1), "bundled", tmp_path, workers=1)
+    config = recipe("smoke", steps=4000, checkpoint_every=1)
+    with pytest.raises(DataError, match=message):
+        train(config, "bundled", tmp_path, workers=1, on_step=after_steps(1, kill_loaders))
     assert killed and time.monotonic() - started < 60
     assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] >= 1
 
@@ -303,15 +295,14 @@ def test_unreadable_images_are_skipped_counted_and_logged(tmp_path):
         train(replace(config, max_unreadable=0.05), images, tmp_path / "other")  # resumes
 
 
-def test_a_collapsed_scale_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.run_dir.CollapseWatch.__init__.__defaults__", (5,))  # patience
+def test_a_collapsed_scale_is_named(tmp_path):
     tok = BitVAE(recipe("smoke").model)
     torch.nn.init.zeros_(tok.encoder.conv_out.weight)
     source = str(tok.save_pretrained(tmp_path / "constant"))
     frozen = {"freeze": "encoder", "init_from": source, "init_latent_norm": None}
-    message = r"step 5: scale 1x1 has collapsed, its bits were the same for every image for 5 steps"
+    message = r"step 100: scale 1x1 has collapsed, its bits were the same for every image for 100 steps"
     with pytest.warns(CollapseWarning, match=message):
-        train(recipe("smoke", steps=12, checkpoint_every=12, **frozen), "bundled", tmp_path / "run")
+        train(recipe("smoke", steps=104, checkpoint_every=104, **frozen), "bundled", tmp_path / "run")
 
 
 # from one tokenizer to another
@@ -330,41 +321,43 @@ def test_finetuning_with_a_frozen_encoder_keeps_existing_bits_valid(tmp_path):
     assert not torch.equal(tuned.decode(bits), first.decode(bits))
 
 
-def test_stage_two_starts_from_stage_one_with_its_discriminator(tmp_path, monkeypatch):
-    monkeypatch.setattr("bitvae.training.PatchDiscriminator", SMALL_DISCRIMINATOR)
+def test_stage_two_starts_from_stage_one_with_its_discriminator(tmp_path, capsys):
     small = {
         "channels": 32,
         "multipliers": (1, 1, 1, 1, 1),
         "res_blocks": 1,
         "perceptual": "none",
+        "discriminator_channels": 16,
         "checkpoint_every": 2,
     }
     one = recipe("d16_stage1", size=32, batch=2, steps=3, discriminator_start=1, **small)
     train(one, "bundled", tmp_path / "one")
+    assert set(init_discriminator(str(tmp_path / "one"))) == set(PatchDiscriminator(16).state_dict())
     sizes = {"size": (32, 64, 96), "batch": (4, 2, 1)}
     two = recipe("d16_stage2", init_from=str(tmp_path / "one"), steps=9, **sizes, **small)
-    discriminators, passes = [], []
 
-    def record(function, results):
-        return lambda *arguments: results.append(function(*arguments)) or results[-1]
+    def recorded(train, *arguments):
+        "Train with a perceptual distance that records the crops' sizes; return them and the output."
+        seen = []
 
-    def sizes_micro_batches():
-        recorded = [[size for _, size in keys] for keys in passes]
-        passes.clear()
-        return recorded
+        def distance(x, y):
+            if y.requires_grad:  # not in a validation
+                seen.append((x.shape[-1],) * len(x))
+            return (x - y).square().mean((1, 2, 3))
 
-    monkeypatch.setattr(CropPlan, "micro_batch", record(CropPlan.micro_batch, passes))
-    monkeypatch.setattr("bitvae.training.init_discriminator", record(init_discriminator, discriminators))
-    train_and_stop(4, two, "bundled", tmp_path / "two")
-    assert set(discriminators[0]) == set(SMALL_DISCRIMINATOR().state_dict())
-    stopped = newest_checkpoint(tmp_path / "two" / "checkpoints")[1]["step"]
-    first = sizes_micro_batches()[:stopped]  # one more was read ahead
-    train(two, "bundled", tmp_path / "two")
-    assert len(discriminators) == 1  # a resumed run does not read stage one
-    rest = sizes_micro_batches()
-    train(two, "bundled", tmp_path / "again")
-    assert first + rest == sizes_micro_batches()
-    assert {tuple(s) for s in first + rest} <= {(32,) * 4, (64,) * 2, (96,)}
-    assert len({len(s) for s in first + rest}) > 1
+        capsys.readouterr()
+        train(*arguments, perceptual=distance)
+        return seen, capsys.readouterr().out
+
+    first, output = recorded(partial(train_and_stop, 4), two, "bundled", tmp_path / "two")
+    assert "discriminator: pretrained weights" in output
+    assert len(first) == newest_checkpoint(tmp_path / "two" / "checkpoints")[1]["step"]
+    (tmp_path / "one").rename(tmp_path / "away")  # a resumed run does not read stage one
+    rest, output = recorded(train, two, "bundled", tmp_path / "two")
+    assert f"resuming at step {len(first)} of 9" in output and "discriminator:" not in output
+    (tmp_path / "away").rename(tmp_path / "one")
+    assert first + rest == recorded(train, two, "bundled", tmp_path / "again")[0]
+    assert {*first, *rest} <= {(32,) * 4, (64,) * 2, (96,)}
+    assert len({*first, *rest}) > 1
     results = [tmp_path / name / "tokenizer" / "model.safetensors" for name in ("two", "again")]
     assert results[0].read_bytes() == results[1].read_bytes()

