@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'BITS_VERSION', 'HEADER_BYTES', 'Flag', 'MAX_COMPRESSED_BITS
            'MAX_TOKENS', 'MODES', 'TILING_PIXELS', 'TILING_ROWS', 'IMAGE_FORMATS', 'encode_varints', 'ByteReader',
            'encode_schedule', 'read_schedule', 'running_checksums', 'checksum_widths', 'encode_header', 'Header',
            'read_header', 'unpack_planes', 'decode_planes', 'from_bytes', 'load', 'rows_for', 'encode_file',
-           'decode_file', 'describe_file', 'encode_crops', 'fit_coder', 'smallest_file']
+           'decode_file', 'is_bits_file', 'describe_file', 'encode_crops', 'fit_coder', 'smallest_file']
 
 # %% ../nbs/18_bitstream.ipynb #2f87e39e
 import contextlib
@@ -282,7 +282,7 @@ def save(self: Bits, file: str | os.PathLike, compress: bool = False) -> Path:
 def load(file: str | os.PathLike) -> Bits:
     "Read a bits file; raise `FileNotFoundError` or `BitsError` with the file's name."
     try:
-        return Bits.from_bytes(Path(file).read_bytes())
+        return Bits.from_bytes(Path(os.path.expanduser(file)).read_bytes())
     except BitsError as e:
         raise BitsError(f"{file}: {e}") from None
 
@@ -305,7 +305,7 @@ def encode_file(
     compress: bool = True,     # with the tokenizer's coder, or the adaptive one
 ) -> Bits:
     "Encode an image file as a bits file; raise what `load_image` does."
-    x = load_image(image, size)
+    x = load_image(Path(os.path.expanduser(image)), size)
     bits = tok.encode(x, rows=rows_for(x.shape[-2:]))
     bits.save(file, compress)
     return bits
@@ -319,6 +319,8 @@ def decode_file(
     force: bool = False,        # accept bits of another tokenizer
 ) -> Path:
     "Decode a bits file to an image file; raise `BitsError`, or `ValueError` for a batch or foreign bits."
+    if Image.registered_extensions().get(Path(image).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{image} names no image format: end its name in .png, .webp or .jpg")
     bits = Bits.load(file)
     if bits.batch > 1:
         raise ValueError(f"{file} holds {bits.batch} images: take one with Bits.load(file).select(i)")
@@ -328,9 +330,18 @@ def decode_file(
     return save_image(tok.decode(bits[:scales], force=force, rows=rows_for(pixels)), image)
 
 # %% ../nbs/18_bitstream.ipynb #32b0847a
+def is_bits_file(file: str | os.PathLike) -> bool:
+    "Return whether a file starts like a bits file, whatever its name."
+    file = Path(os.path.expanduser(file))
+    if not file.is_file():
+        return False
+    with file.open("rb") as f:
+        return f.read(len(MAGIC)) == MAGIC
+
+
 def describe_file(file: str | os.PathLike) -> str:
     "Describe a bits file: images, scales, bits, bytes and tokenizer; raise `BitsError` for other files."
-    data = Path(file).read_bytes()
+    data = Path(os.path.expanduser(file)).read_bytes()
     try:
         head = read_header(data)
     except BitsError as e:
@@ -340,10 +351,17 @@ def describe_file(file: str | os.PathLike) -> str:
     pixels = f" of {W}x{H} pixels" if H else ""
     coder = f"coder {head.coder:08x}" if head.coder else "the adaptive coder"
     coding = "not compressed" if head.coder is None else f"compressed to {8 * size / bits:.1%} by {coder}"
-    cut = f"; cut short, {len(data):,} bytes are left" if len(data) < size else ""
+    held, cut = head.held, ""
+    if len(data) < size:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                held, reason = len(Bits.from_bytes(data)), ""
+        except BitsError as e:
+            held, reason = 0, f": {e}"
+        cut = f"; cut short, {len(data):,} bytes are left{reason}"
     return "\n".join(filter(None, [
         f"{head.batch} image{'s' * (head.batch > 1)}{pixels}, latent {w}x{h}, {head.dim} bits per token",
-        f"{head.held} of {len(head.schedule)} scales: " + " ".join(f"{a}x{b}" for _, a, b, _ in head.shapes),
+        f"{held} of {len(head.schedule)} scales: " + " ".join(f"{a}x{b}" for a, b in head.schedule[:held]),
         f"{bits:,} bits in {size:,} bytes, {coding}{cut}",
         f"{8 * size / (head.batch * H * W):.4f} bits per pixel" if H else "",
         f"tokenizer {head.tokenizer or 'not named'}",

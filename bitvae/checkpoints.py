@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'GENERATORS', 'REPOSITORY', 'CODER_FILE', 'internal_name', 'published_names', 'CheckpointError',
-           'read_weights', 'tokenizer_weights', 'config_from_weights', 'summarize_names', 'build_tokenizer',
-           'bundled_dir', 'weights_dir', 'fetch_released', 'tokenizer_files', 'latest_in_run', 'from_pretrained']
+           'read_weights', 'find_tokenizers', 'summarize_names', 'tokenizer_weights', 'config_from_weights',
+           'build_tokenizer', 'bundled_dir', 'weights_dir', 'fetch_released', 'tokenizer_files', 'latest_in_run',
+           'from_pretrained']
 
 # %% ../nbs/06_checkpoints.ipynb #2ca4567f
 import json
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
@@ -31,8 +33,9 @@ from .tokenizer import BitVAE, BitVAEConfig, config_from_dict
 
 # %% ../nbs/06_checkpoints.ipynb #e0c6e3a5
 def internal_name(published: str) -> str:
-    "Remove the levels `conv`, `norm` and `discriminator` from a published weight name."
-    return ".".join(part for part in published.split(".") if part not in ("conv", "norm", "discriminator"))
+    "Remove `conv`, `norm`, `discriminator` and torch.compile's `_orig_mod` from a published weight name."
+    levels = ("conv", "norm", "discriminator", "_orig_mod")
+    return ".".join(part for part in published.split(".") if part not in levels)
 
 # %% ../nbs/06_checkpoints.ipynb #650de35f
 def published_names(model: nn.Module) -> dict[str, str]:
@@ -68,17 +71,39 @@ def read_weights(file: str | os.PathLike) -> Mapping:
         raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not named weights")
     return checkpoint
 
+# %% ../nbs/06_checkpoints.ipynb #847d8144
+def find_tokenizers(checkpoint: Mapping, where: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    "Yield key and prefix, and the weights under our names, of every tokenizer in a checkpoint."
+    first = "encoder.conv_in.weight"
+    tensors = {internal_name(str(name)): w for name, w in checkpoint.items() if isinstance(w, Tensor)}
+    for prefix in [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")]:
+        yield where + prefix, {n.removeprefix(prefix): w for n, w in tensors.items() if n.startswith(prefix)}
+    for name, inner in checkpoint.items():
+        if isinstance(inner, Mapping):
+            yield from find_tokenizers(inner, f"{where}{name}.")
+
+# %% ../nbs/06_checkpoints.ipynb #6a899620
+def summarize_names(names: list[str], most: int = 4) -> str:
+    "List the first few names, for a message."
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
 # %% ../nbs/06_checkpoints.ipynb #45124267
 def tokenizer_weights(checkpoint: Mapping) -> dict[str, Tensor]:
-    "Extract the tokenizer's weights, under our names, from any published layout."
-    weights = checkpoint.get("vae", checkpoint)
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(f"'vae' holds a {type(weights).__name__}, not named weights")
-    weights = {str(name).removeprefix("module."): w for name, w in weights.items() if isinstance(w, Tensor)}
-    if nested := {name: w for name, w in weights.items() if name.startswith("vae.")}:
-        weights = {name.removeprefix("vae.").removeprefix("module."): w for name, w in nested.items()}
-    ignored = ("perceptual_model.", "quantize.", "quantizer.lfq.mask")
-    return {internal_name(name): w for name, w in weights.items() if not name.startswith(ignored)}
+    "Extract the tokenizer's weights, under our names, from any usual layout; raise `CheckpointError`."
+    found = dict(find_tokenizers(checkpoint))
+    if not found:
+        held = [f"{name} ({type(value).__name__})" for name, value in checkpoint.items()]
+        raise CheckpointError("these are not the weights of a bitwise tokenizer: "
+                              f"they hold {summarize_names(held)}")
+    for key in ("vae", "ema"):
+        found = {where: w for where, w in found.items() if key in re.split("[._]", where)} or found
+    if len(found) > 1:
+        names = ", ".join(where or "the outermost names" for where in found)
+        raise CheckpointError(f"several tokenizers, under {names}: save one of them alone")
+    ignored = ("perceptual_model.", "quantize.", "quantizer.lfq.mask", "loss.")
+    (weights,) = found.values()
+    return {name: w for name, w in weights.items() if not name.startswith(ignored)}
 
 # %% ../nbs/06_checkpoints.ipynb #e2d2da5a
 RELEASED = {f"infinity_vae_{name}": BitVAEConfig(dim) for name, dim in
@@ -105,7 +130,7 @@ def config_from_weights(weights: Mapping[str, Tensor]) -> BitVAEConfig:
         return next((c for c in RELEASED.values() if replace(c, mode=found.mode) == found), found)
     except (KeyError, ValueError, TypeError, ZeroDivisionError):
         raise CheckpointError("these are not the weights of a bitwise tokenizer: "
-                              f"they hold {', '.join([*weights][:4]) or 'nothing'}") from None
+                              f"they hold {summarize_names([*weights])}") from None
 
 # %% ../nbs/06_checkpoints.ipynb #5301de49
 @patch
@@ -117,12 +142,6 @@ def origin(self: BitVAE) -> str:
         return "no released architecture"
     used = [f"{name} (of {GENERATORS[name]})" if name in GENERATORS else name for name in names]
     return f"architecture of {' and '.join(used)}"
-
-# %% ../nbs/06_checkpoints.ipynb #0eeafaa9
-def summarize_names(names: list[str], most: int = 4) -> str:
-    "List the first few names, for a message."
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "nothing") + more
 
 # %% ../nbs/06_checkpoints.ipynb #e5c6b884
 def build_tokenizer(cls: type[BitVAE], config: BitVAEConfig, weights: Mapping, source: Path) -> BitVAE:
@@ -149,7 +168,10 @@ def bundled_dir() -> Path:
 # %% ../nbs/06_checkpoints.ipynb #dd627248
 def weights_dir() -> Path:
     "Return the folder for manually downloaded files: $BITVAE_WEIGHTS, or ~/.cache/bitvae."
-    return Path(os.environ.get("BITVAE_WEIGHTS") or Path.home() / ".cache" / "bitvae")
+    folder = os.path.expanduser(os.environ.get("BITVAE_WEIGHTS") or "~/.cache/bitvae")
+    if folder.startswith("~"):
+        raise FileNotFoundError("this user has no home folder for weights: set BITVAE_WEIGHTS or HOME")
+    return Path(folder)
 
 # %% ../nbs/06_checkpoints.ipynb #28886122
 def fetch_released(name: str, download: Callable | None = None) -> Path:
@@ -166,7 +188,8 @@ def fetch_released(name: str, download: Callable | None = None) -> Path:
 # %% ../nbs/06_checkpoints.ipynb #2a8894c7
 def tokenizer_files(tok: BitVAE) -> dict[str, bytes]:
     "Return the files of a saved tokenizer, by name."
-    weights = {name: w.detach().cpu().contiguous() for name, w in tok.state_dict().items()}
+    weights = {name.replace("_orig_mod.", ""): w.detach().cpu().contiguous()
+               for name, w in tok.state_dict().items()}  # fmt: skip
     config = json.dumps(asdict(tok.config), indent=1) + "\n"
     return {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": config.encode()}
 
@@ -180,7 +203,7 @@ def save_pretrained(
     folder: str | os.PathLike,  # created if missing
 ) -> Path:  # the folder
     "Write config.json, model.safetensors and, if one was fitted, the tokenizer's coder."
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files(self).items():
         with atomic_write(folder / name) as part:
@@ -203,9 +226,11 @@ def from_pretrained(
     name: str | os.PathLike,  # "demo", a released name, a checkpoint file, the folder of a tokenizer or run
     mode: str | None = None,  # schedule mode; None keeps the configuration's
     optimize: bool = False,   # call `bitvae.kernels.optimize`
-) -> BitVAE:  # float32, on the CPU, eval mode
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> BitVAE:  # in eval mode; in training mode it drops no scales, see `MultiScaleBSQ`
     "Load a tokenizer; raise `FileNotFoundError`, `ConnectionError` or `CheckpointError`."
-    path = bundled_dir() if name == "demo" else Path(name)
+    path = bundled_dir() if name == "demo" else Path(os.path.expanduser(name))
     if str(name) in RELEASED and not path.exists():
         path = fetch_released(str(name))
     if not path.exists():
@@ -213,14 +238,19 @@ def from_pretrained(
                                 f"or one of demo, {', '.join(RELEASED)}")
     if not (path / "model.safetensors").exists():
         path = latest_in_run(path)
-    weights = tokenizer_weights(read_weights(path / "model.safetensors" if path.is_dir() else path))
-    file = path / "config.json" if (path / "config.json").exists() else path
+    file = path / "model.safetensors" if path.is_dir() else path
+    checkpoint = read_weights(file)
     try:
-        values = None if file == path else json.loads(file.read_bytes())
-        config = config_from_weights(weights) if file == path else config_from_dict(values)
+        weights = tokenizer_weights(checkpoint)
+        if (path / "config.json").exists():
+            file = path / "config.json"
+            config = config_from_dict(json.loads(file.read_bytes()))
+        else:
+            config = config_from_weights(weights)
     except (ValueError, TypeError) as e:
         raise CheckpointError(f"{file}: {e}") from e
     tok = build_tokenizer(cls, config if mode is None else replace(config, mode=mode), weights, path)
+    tok.to(device, dtype).quantizer.drop_rate = 0.0
     if (path / CODER_FILE).exists():
         load_coder(path / CODER_FILE)
     return optimize_model(tok) if optimize else tok

@@ -4,33 +4,38 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TOKENIZER', 'PROCESSES', 'argument', 'command', 'describe_tokenizer', 'info_command', 'build_parser',
-           'NotebookError', 'main', 'train_command', 'evaluate_command', 'fetch_lpips_command', 'make_list_command',
-           'encode_command', 'decode_command', 'fit_coder_command', 'tokenize_command', 'verify_command',
-           'count_command', 'view_command', 'collapse_progress', 'private_kernel_manager', 'forward_interrupts',
-           'run_notebook', 'run_command']
+           'NotebookError', 'expand_home', 'plain_output', 'main', 'train_command', 'evaluate_command',
+           'fetch_lpips_command', 'make_list_command', 'encode_command', 'decode_command', 'fit_coder_command',
+           'tokenize_command', 'verify_command', 'count_command', 'view_command', 'collapse_progress',
+           'private_kernel_manager', 'forward_interrupts', 'notebook_parameters', 'run_notebook', 'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
+import ast
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import methodcaller
 from pathlib import Path
 
 from . import __version__
-from .bitstream import decode_file, describe_file, encode_file, fit_coder
-from .checkpoints import CODER_FILE, latest_in_run, weights_dir
+from .bitstream import decode_file, describe_file, encode_file, fit_coder, is_bits_file
+from .checkpoints import CODER_FILE, latest_in_run, summarize_names, weights_dir
 from .data import write_list
 from .entropy_coding import save_coder
 from .evaluation import add_evaluate_arguments, evaluate_arguments, evaluate_from_args
 from .evaluation import read_results, results_table
-from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, run_processes, torchrun_command
+from .images import atomic_write, staging_path
+from .launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, drop_launcher_variables
+from .launch import run_processes, torchrun_command
 from .lpips_weights import fetch_lpips
 from .recipes import parse_setting
 from .schedules import scale_schedule
@@ -78,8 +83,8 @@ def describe_tokenizer(tok: BitVAE) -> str:
 @command(argument("what", help="a folder, a checkpoint, a name such as demo, or a .bits file"))
 def info_command(args: argparse.Namespace) -> None:
     "Describe a tokenizer or a bits file."
-    is_file = Path(args.what).suffix == ".bits"
-    print(describe_file(args.what) if is_file else describe_tokenizer(BitVAE.from_pretrained(args.what)))
+    is_bits = Path(args.what).suffix.lower() == ".bits" or is_bits_file(args.what)
+    print(describe_file(args.what) if is_bits else describe_tokenizer(BitVAE.from_pretrained(args.what)))
 
 # %% ../nbs/30_cli.ipynb #891478f2
 def build_parser() -> argparse.ArgumentParser:
@@ -99,21 +104,51 @@ def build_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/30_cli.ipynb #656de15b
 class NotebookError(RuntimeError):
-    "A cell of a notebook failed; the executed copy holds its traceback."
+    "A cell of a notebook failed, or its kernel; the executed copy holds what was done."
+
+# %% ../nbs/30_cli.ipynb #d5d03331
+def expand_home(args: argparse.Namespace) -> argparse.Namespace:
+    "Replace a leading `~` of every argument by the home folder; `~x.png` stays if no user is `x.png`."
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            setattr(args, name, os.path.expanduser(value))
+        elif isinstance(value, list) and all(isinstance(v, str) for v in value):
+            setattr(args, name, [*map(os.path.expanduser, value)])
+    return args
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    "Escape what the terminal cannot print, and print warnings as one line, while the block runs."
+    def show(message: Warning, *_: object) -> None: print(f"bitvae: warning: {message}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 # %% ../nbs/30_cli.ipynb #efc16938
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run one command, by default that of the command line, and return the exit code."
-    args = build_parser().parse_args(arguments)
+    args = expand_home(build_parser().parse_args(arguments))
+    drop_launcher_variables()
     try:
-        args.function(args)
+        with plain_output():
+            args.function(args)
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt as e:
         print(f"bitvae: {e if isinstance(e, Interrupted) else 'stopped'}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (*EXPECTED_ERRORS, ProcessesFailed, NotebookError) as e:
         if args.debug:
             raise
+        if isinstance(e, UnicodeEncodeError):
+            names = [ascii(line) for line in re.findall(r".*[\ud800-\udfff].*", e.object)]
+            e = f"file names must be UTF-8, rename {summarize_names(names)}"
         print(f"bitvae: {e}", file=sys.stderr)
         return 1
 
@@ -181,8 +216,10 @@ def make_list_command(args: argparse.Namespace) -> None:
 def encode_command(args: argparse.Namespace) -> None:
     "Encode an image into a bits file."
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode, optimize=True)
+    file = staging_path(args.bits)  # /dev/stdout is another file afterwards
     encode_file(tok, args.image, args.bits, args.size, not args.raw)
-    print(describe_file(args.bits))
+    if Path(args.bits).is_file():  # no device or FIFO
+        print(describe_file(file))
 
 # %% ../nbs/30_cli.ipynb #f092fffe
 @command(argument("bits", help="of one image"),
@@ -267,16 +304,31 @@ def collapse_progress(notebook: Path) -> None:
 
 # %% ../nbs/30_cli.ipynb #63460e6b
 def private_kernel_manager(started: list) -> type:
-    "Return a kernel manager that uses Unix sockets where there are any; its instances are added to a list."
+    "Return a manager class for kernels of this Python; its instances are added to a list."
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     class PrivateKernelManager(AsyncKernelManager):
+        kernel_spec = None  # instead of a search among the installed ones
+
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.sockets = tempfile.TemporaryDirectory(prefix="bitvae-")
-            if os.name == "posix":
-                self.transport, self.ip = "ipc", str(Path(self.sockets.name, "kernel"))
+            long = len(os.fsencode(tempfile.gettempdir())) > 70 and os.access("/tmp", os.W_OK)
+            self.sockets = tempfile.TemporaryDirectory(prefix="bitvae-", dir="/tmp" if long else None)
+            address = str(Path(self.sockets.name, "kernel"))
+            self.connection_file = f"{address}.json"
+            if os.name == "posix" and len(os.fsencode(address)) < 100:
+                self.transport, self.ip = "ipc", address
+            folders = "IPYTHONDIR JUPYTER_CONFIG_DIR JUPYTER_DATA_DIR JUPYTER_RUNTIME_DIR".split()
+            homeless = os.path.expanduser("~") == "~"
+            env = dict.fromkeys(folders, self.sockets.name) if homeless else {}
+            self.kernel_spec = KernelSpec(**get_kernel_dict(), env=env)
             started.append(self)
+
+        async def _async_interrupt_kernel(self):
+            if not self.shutting_down:  # an idle kernel would print that it was interrupted
+                await super()._async_interrupt_kernel()
 
     return PrivateKernelManager
 
@@ -300,6 +352,29 @@ def forward_interrupts(kernels: list) -> Iterator[None]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
+# %% ../nbs/30_cli.ipynb #ac43f1b8
+def notebook_parameters(notebook: str | os.PathLike) -> dict[str, bool]:
+    "Return the names in the cell tagged `parameters` and whether each is text; raise `ValueError`."
+    from IPython.core.inputtransformer2 import TransformerManager
+    from nbformat import ValidationError
+    from papermill.iorw import load_notebook_node
+
+    try:
+        cells = load_notebook_node(str(notebook)).cells
+        source = next((cell.source for cell in cells if "parameters" in cell.metadata.tags), "")
+        nodes = ast.parse(TransformerManager().transform_cell(source)).body
+    except (SyntaxError, ValidationError) as e:
+        raise ValueError(f"{notebook} is no notebook with a Python cell tagged parameters: {e}") from None
+    known = {}
+    for node in nodes:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            is_text = isinstance(getattr(node.value, "value", None), str)
+            if isinstance(node, ast.AnnAssign):
+                is_text = bool(re.search(r"(^|\| *|Optional\[)str\b", ast.unparse(node.annotation)))
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            known |= {target.id: is_text for target in targets if isinstance(target, ast.Name)}
+    return known
+
 # %% ../nbs/30_cli.ipynb #3b461cea
 def run_notebook(
     notebook: str | os.PathLike,  # with a cell tagged `parameters`
@@ -310,37 +385,52 @@ def run_notebook(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    known = papermill.inspect_notebook(str(notebook))
+    known = notebook_parameters(notebook)
     if unknown := [name for name in parameters if name not in known]:
         names = ", ".join(known) or "none"
         raise ValueError(f"unknown parameter {', '.join(unknown)}: {notebook} knows {names}")
-    output = Path(output)
-    kernels = []
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it misses parameters whose type has a `|`
+    output, kernels = Path(os.path.expanduser(output)), []
+    for file in (notebook, output):
+        str(file).encode()  # raises `UnicodeEncodeError`: papermill records both names
     output.parent.mkdir(parents=True, exist_ok=True)
-    running, failed = output.with_suffix(".running.ipynb"), output.with_suffix(".failed.ipynb")
-    options = {"kernel_name": "python3", "kernel_manager_class": private_kernel_manager(kernels)}
+    running, failed = (staging_path(output).with_suffix(f".{end}.ipynb") for end in ("running", "failed"))
+    options = {"kernel_name": "python3", "language": "python"}
+    options |= {"kernel_manager_class": private_kernel_manager(kernels)}
     options |= {"progress_bar": False, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:
         with forward_interrupts(kernels):
-            papermill.execute_notebook(str(notebook), str(running), parameters, **options)
-    except PapermillExecutionError as e:
-        os.replace(running, failed)
+            paths = (re.sub("[{}]", r"\g<0>\g<0>", str(file)) for file in (notebook, running))  # templates
+            papermill.execute_notebook(*paths, parameters, **options)
+    except BaseException as e:
+        if running.exists():
+            os.replace(running, failed)
+        if isinstance(e, RuntimeError):  # of nbclient and jupyter_client
+            reason = "the kernel did not start or was killed, often out of memory"
+            raise NotebookError(f"{notebook} failed: {e}: {reason} (so far: {failed})") from e
+        if not isinstance(e, PapermillExecutionError):
+            raise
         if e.ename in ("Interrupted", "KeyboardInterrupt"):
             raise Interrupted(f"{e.evalue or 'stopped'} (so far: {failed})") from None
         raise NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (traceback in {failed})") from e
     collapse_progress(running)
-    os.replace(running, output)
+    with atomic_write(output) as part:
+        os.replace(running, part)
     failed.unlink(missing_ok=True)
     return output
 
 # %% ../nbs/30_cli.ipynb #3fd9b97e
 @command(argument("notebook"),
          argument("output", help="the executed copy"),
-         argument("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE",
-                  help="a parameter of the notebook; may be repeated"))
+         argument("--set", type=lambda text: (*parse_setting(text), text.partition("=")[2]), action="append",
+                  default=[], metavar="NAME=VALUE", help="a parameter of the notebook; may be repeated"))
 def run_command(args: argparse.Namespace) -> None:
     "Run a notebook with papermill; parameters that it does not have are errors."
-    print(f"executed: {run_notebook(args.notebook, args.output, **dict(args.set))}")
+    known, parameters = notebook_parameters(args.notebook), {}
+    for name, value, text in args.set:
+        value = text if known.get(name) and isinstance(value, int | float) else value  # a folder named 2024
+        parameters[name] = os.path.expanduser(value) if isinstance(value, str) else value
+    print(f"executed: {run_notebook(args.notebook, args.output, **parameters)}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -269,9 +269,10 @@ def bundled_coder() -> Coder:
 
 # %% ../nbs/17_entropy_coding.ipynb #08a0ed1b
 def coder_for(tokenizer: str | None, dim: int) -> Coder:
-    "Return the newest coder fitted to a tokenizer, or the adaptive coder."
+    "Return the newest coder fitted to a tokenizer, in any precision of its weights, or the adaptive coder."
     bundled_coder()
-    fitted = [c for c in LOADED_CODERS.values() if c.tokenizer == tokenizer and c.dim == dim]
+    same = [c for c in LOADED_CODERS.values() if c.tokenizer[:8] == (tokenizer or "")[:8]]
+    fitted = [c for c in same if c.dim == dim]
     return fitted[-1] if fitted else adaptive_coder(dim)
 
 # %% ../nbs/17_entropy_coding.ipynb #bf1f28db

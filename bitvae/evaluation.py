@@ -39,12 +39,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from .bits import Bits
 from .checkpoints import tokenizer_files, weights_dir
-from .data import Images, Source, fingerprint, image_files
-from .images import atomic_write, to_image, to_tensor, to_uint8
+from .data import Images, Source, fingerprint, image_files, read_items, reading
+from .images import ImageError, atomic_write, from_uint8, to_image, to_tensor, to_uint8
 from .launch import EXPECTED_ERRORS, rank_and_world, wait_for_all
 from .losses import EfficientNetDistance, lpips_distance
 from .metrics import (
@@ -207,6 +206,7 @@ class PartialResult:
 
     indices: list[int] = field(default_factory=list)     # of the images, in the order of evaluation
     digests: list[str] = field(default_factory=list)     # of their pixels
+    unreadable: dict[int, str] = field(default_factory=dict)  # index of other images -> reason
     info: dict[str, dict] = field(default_factory=dict)  # by row
     scores: dict[tuple, list[Tensor]] = field(default_factory=dict)     # by protocol, row, metric
     moments: dict[tuple, FeatureMoments] = field(default_factory=dict)  # by row, view
@@ -217,6 +217,7 @@ class PartialResult:
         "Add the results of other images."
         self.indices += other.indices
         self.digests += other.digests
+        self.unreadable |= other.unreadable
         self.info |= other.info
         for mine, theirs in ((self.scores, other.scores), (self.features, other.features)):
             for key, values in theirs.items():
@@ -224,7 +225,7 @@ class PartialResult:
         for key, moments in other.moments.items():
             self.moments.setdefault(key, FeatureMoments(len(moments.total))).merge(moments)
         self.bit_stats = self.bit_stats or [ScaleBitStats(len(stats.joint)) for stats in other.bit_stats]
-        for mine, theirs in zip(self.bit_stats, other.bit_stats, strict=True):
+        for mine, theirs in zip(self.bit_stats, other.bit_stats, strict=bool(other.indices)):
             mine.merge(theirs)
 
 # %% ../nbs/14_evaluation.ipynb #e04ec07d
@@ -269,21 +270,24 @@ def add_batch(job: EvalJob, result: PartialResult, x: Tensor, indices: Sequence[
     result.digests += [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels]
 
 # %% ../nbs/14_evaluation.ipynb #fe42a20e
-def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[list[int], Tensor | Exception]:
-    "Read and crop a batch (B, 3, size, size); return the exception if a file cannot be read."
-    try:
-        return indices, torch.cat([crop_image(files[i], p) for i in indices])
-    except (ValueError, OSError) as e:
-        return indices, e
+def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[dict, dict[int, str]]:
+    "Read and crop images; return index -> uint8 (1, 3, size, size), and index -> reason of unreadable ones."
+    crops, unreadable = {}, {}
+    for i in indices:
+        try:
+            crops[i] = to_uint8(crop_image(files[i], p)).numpy()
+        except (ImageError, PermissionError) as e:
+            unreadable[i] = str(e)
+    return crops, unreadable
 
 # %% ../nbs/14_evaluation.ipynb #52beffc0
-def read_batches(job: EvalJob, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-    "Read and crop these images in batches; raise `FileNotFoundError` or `ImageError`."
-    collate = partial(crop_batch, files=job.files, p=job.protocols[0])
-    for group, x in DataLoader(indices, job.batch, num_workers=job.workers, collate_fn=collate):
-        if isinstance(x, Exception):
-            raise x
-        yield group, x
+def read_batches(job: EvalJob, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    "Read these images: yield indices, crops (B, 3, size, size), reasons; raise `FileNotFoundError`."
+    groups = [list(indices[i : i + job.batch]) for i in range(0, len(indices), job.batch)]
+    convert = partial(crop_batch, files=job.files, p=job.protocols[0])
+    for crops, unreadable in read_items(groups, convert, job.workers):
+        x = [torch.from_numpy(x) for x in crops.values()]
+        yield list(crops), from_uint8(torch.cat(x).to(job.tok.device)) if x else None, unreadable
 
 # %% ../nbs/14_evaluation.ipynb #f37a2b90
 def load_safely(file: Path) -> object:
@@ -312,7 +316,7 @@ def read_parts(folder: Path) -> Iterator[PartialResult]:
 # %% ../nbs/14_evaluation.ipynb #7224afcf
 def assign_images(folder: Path, count: int, rank: int = 0, world: int = 1) -> tuple[list[int], Path]:
     "Return this process's fraction of the pending images, and the file for their results."
-    done = {i for part in read_parts(folder) for i in part.indices}
+    done = {i for part in read_parts(folder) for i in (*part.indices, *part.unreadable)}
     sessions = [int(file.stem.split("-")[1]) for file in folder.glob("part-*.pt")]
     pending = [i for i in range(count) if i not in done]
     return pending[rank::world], folder / f"part-{max(sessions, default=-1) + 1:04d}-{rank}.pt"
@@ -323,7 +327,7 @@ def merge_parts(folder: Path, count: int) -> PartialResult:
     merged = PartialResult()
     for part in read_parts(folder):
         merged.merge(part)
-    if sorted(merged.indices) != list(range(count)):
+    if sorted([*merged.indices, *merged.unreadable]) != list(range(count)):
         raise ValueError(f"the parts in {folder} do not cover each of {count} images exactly once: "
                          "remove it and evaluate again")
     return merged
@@ -336,15 +340,19 @@ def evaluate_pending(job: EvalJob) -> PartialResult | None:
     wait_for_all()  # until all processes have read the parts
     result, interval, start = PartialResult(), job.save_every, time.monotonic()
     saved, total = start, len(indices)
-    for group, x in read_batches(job, indices):
-        add_batch(job, result, x, group)
-        now, done = time.monotonic(), len(result.indices)
-        if rank == 0 and now - start > 60 and 20 * done // total > 20 * (done - len(group)) // total:
-            print(f"evaluated {done} of {total} images", flush=True)
-        if job.folder and now - saved >= interval:
-            write_part(result, file)
-            saved = time.monotonic()
-            interval = max(job.save_every, 20 * (saved - now))
+    with reading(read_batches(job, indices)) as batches:
+        for group, x, unreadable in batches:
+            result.unreadable |= unreadable
+            if group:
+                add_batch(job, result, x, group)
+            now, done = time.monotonic(), len(result.indices) + len(result.unreadable)
+            before = done - len(group) - len(unreadable)
+            if rank == 0 and now - start > 60 and 20 * done // total > 20 * before // total:
+                print(f"evaluated {done} of {total} images", flush=True)
+            if job.folder and now - saved >= interval:
+                write_part(result, file)
+                saved = time.monotonic()
+                interval = max(job.save_every, 20 * (saved - now))
     if not job.folder:
         return result
     if indices:
@@ -468,8 +476,8 @@ def use_schedule(tok: BitVAE, mode: str) -> Iterator[None]:
         tok.quantizer.mode = own
 
 # %% ../nbs/14_evaluation.ipynb #c2f835a6
-def evaluate_group(job: EvalJob, results: dict) -> list[str]:
-    "Add the job's bit statistics and protocols to the results, in the first process; return pixel digests."
+def evaluate_group(job: EvalJob, results: dict) -> dict[int, str]:
+    "Add the job's results, in the first process; return index -> pixel digest; raise `ImageError` if empty."
     if job.folder:
         job.folder.mkdir(exist_ok=True)
     job.references = load_references(job)
@@ -477,13 +485,17 @@ def evaluate_group(job: EvalJob, results: dict) -> list[str]:
     with use_schedule(job.tok, mode):
         result = evaluate_pending(job)
     if result is None:
-        return []
+        return {}
+    results["unreadable"] = {str(job.files[i]): reason for i, reason in sorted(result.unreadable.items())}
+    if not result.indices:
+        raise ImageError(next(iter(results["unreadable"].values())))
     job.references = update_references(job, result)
     scales = [info["last_scale"] for info in result.info.values() if "scales" in info]
     stats = [describe_bit_stats(s) for s in result.bit_stats]
     results["bits"][f"{mode} {crop}"] = {"scales": scales, "usage": stats}
-    digests = [result.digests[i] for i in np.argsort(result.indices)]
-    shared = {"pixels": hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16], "bits": f"{mode} {crop}"}
+    digests = dict(sorted(zip(result.indices, result.digests, strict=True)))
+    pixels = hashlib.sha256(" ".join(digests.values()).encode()).hexdigest()[:16]
+    shared = {"pixels": pixels, "bits": f"{mode} {crop}"}
     for p in job.protocols:
         entry = {"protocol": asdict(p), "hash": protocol_hash(p), "rows": summarize(job, result, p)}
         results["protocols"][str(p)] = entry | shared
@@ -502,14 +514,18 @@ def check_settings(folder: Path, settings: dict) -> None:
         part.write_text(json.dumps(settings, indent=1) + "\n")
 
 # %% ../nbs/14_evaluation.ipynb #2cd699cf
-def collect_warnings(names: Sequence[str], digests: Sequence[str], nets: Mapping) -> list[str]:
-    "Return warnings about duplicate images and Frechet distances of few images."
+def collect_warnings(
+    names: Sequence[str], digests: Sequence[str], nets: Mapping, unreadable: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    "Return warnings about unreadable and duplicate images and Frechet distances of few images."
     first, count = {}, len(names)
+    total, reasons = count + len(unreadable), "; ".join(unreadable[:3]) + "; ..." * (len(unreadable) > 3)
+    left_out = [f"{len(unreadable)} of {total} images cannot be read and are left out: {reasons}"]
     copies = [(i, first[digest]) for i, digest in enumerate(digests) if first.setdefault(digest, i) != i]
     duplicates = [f"{len(copies)} of {count} images duplicate the pixels of another one ({names[i]} those of "
                   f"{names[j]}) and count twice" for i, j in copies[:1]]
     few = [frechet_warning(count, net.dim) for net in nets.values() if hasattr(net, "dim")]
-    return duplicates + list(dict.fromkeys(filter(None, few)))
+    return left_out * bool(unreadable) + duplicates + list(dict.fromkeys(filter(None, few)))
 
 # %% ../nbs/14_evaluation.ipynb #83fe10ec
 def evaluate(
@@ -534,11 +550,12 @@ def evaluate(
     weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
     results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen)}
-    parts, hashes = folder and Path(folder) / "parts", {str(p): protocol_hash(p) for p in protocols}
+    parts = folder and Path(os.path.expanduser(folder)) / "parts"
+    hashes = {str(p): protocol_hash(p) for p in protocols}
     if parts and rank == 0:
         check_settings(parts, results | {"protocols": hashes, "mode": mode})
     wait_for_all()
-    results |= {"images": [f.name for f in files], "bits": {}, "protocols": hashes}
+    results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
     for (schedule, crop), group in group_protocols(protocols, mode).items():
         place = parts and parts / f"{schedule}-{crop}"
         settings = metrics, nets, codec_rates, chosen, {}, batch, workers, place, save_every
@@ -547,7 +564,9 @@ def evaluate(
     if rank > 0:
         return {}
     results["libraries"] = {m: f"{LIBRARIES[m]} {importlib.metadata.version(LIBRARIES[m])}" for m in metrics}
-    results["warnings"] = collect_warnings([str(f) for f in files], digests, nets)
+    results["images"] = [files[i].name for i in digests]
+    names, unreadable = [str(files[i]) for i in digests], list(results["unreadable"].values())
+    results["warnings"] = collect_warnings(names, list(digests.values()), nets, unreadable)
     for text in results["warnings"]:
         warnings.warn(text, stacklevel=2)
     return json.loads(json.dumps(results))
@@ -652,7 +671,7 @@ def evaluate_from_args(args: argparse.Namespace) -> dict:
     options = {name: getattr(args, name) for name in ("metrics", "batch", "workers", "codec_rates", "folder")}
     results = evaluate(tok, args.images, protocols, **options)
     if args.folder and results:
-        save_results(results, Path(args.folder) / "metrics.json")
+        save_results(results, Path(os.path.expanduser(args.folder)) / "metrics.json")
     return results
 
 # %% ../nbs/14_evaluation.ipynb #bee223f8

@@ -18,9 +18,10 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from importlib import metadata, resources
 from pathlib import Path
@@ -58,6 +59,8 @@ class MetricsLog(AbstractContextManager):
     def __init__(self, run_dir: Path, step: int = 0, project: str | None = None):
         "Open the logs at a step; lines from there on are dropped."
         from torch.utils.tensorboard import SummaryWriter
+        self.hook = threading.excepthook
+        threading.excepthook = self.report
         self.file = reopen_metrics(run_dir / "metrics.jsonl", step)
         self.events = SummaryWriter(str(run_dir / "events"), purge_step=step)
         self.wandb = init_wandb(project, run_dir) if project else None
@@ -76,11 +79,18 @@ class MetricsLog(AbstractContextManager):
         "Log an image (3, H, W) in [-1, 1] to TensorBoard."
         self.events.add_image("samples", to_uint8(image), step)
 
-    def __exit__(self, *_):
-        self.file.close()
-        self.events.close()
-        if self.wandb:
-            self.wandb.finish()
+    def report(self, failure) -> None:
+        "Leave a full disk in TensorBoard's thread to the main thread, where it is raised again."
+        if not isinstance(failure.exc_value, OSError):
+            self.hook(failure)
+
+    def __exit__(self, error: type | None, *_):
+        threading.excepthook = self.hook
+        with suppress(Exception) if error else nullcontext():  # a full disk has raised its error already
+            self.file.close()
+            self.events.close()
+            if self.wandb:
+                self.wandb.finish()
 
 # %% ../nbs/11_run_dir.ipynb #8a3246b7
 def init_wandb(project: str, run_dir: Path):  # a wandb run
@@ -204,7 +214,7 @@ class UnreadableImages:
         self.names = {line["name"] for line in read_metrics(self.file) if line["step"] < step}
 
     def __call__(self, step: int, seen: int, found: Sequence[tuple[str, str]], write: bool = True) -> None:
-        "Record names and reasons after `seen` images; raise `DataError` if there are too many."
+        "Record names and reasons after `seen` images; raise `DataError` if more than one, and too many."
         for name, reason in found:
             if write and name not in self.names:
                 with self.file.open("a") as f:
@@ -212,7 +222,8 @@ class UnreadableImages:
                 warnings.warn(f"step {step}: skipped an unreadable image: {reason}", stacklevel=2)
             self.names.add(name)
         total = self.count or max(seen, 1000)
-        if len(self.names) > self.max_fraction * total:
+        allowed = self.max_fraction and max(1, self.max_fraction * total)
+        if len(self.names) > allowed:
             count = f"{len(self.names)} of {total} images are unreadable"
             last = f"the last one: {found[-1][1]} (all in {self.file})"
             raise DataError(f"{count}, max_unreadable={self.max_fraction:g}; {last}")

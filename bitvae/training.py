@@ -14,12 +14,14 @@ __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent
 # %% ../nbs/10_training.ipynb #7fc98361
 import argparse
 import copy
+import errno
 import itertools
 import json
 import math
 import os
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -36,10 +38,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .bits import Bits, patch
 from .checkpoints import CheckpointError, internal_name, read_weights, tokenizer_files
 from .data import Crop, CropPlan, CropRule, DataError, DeviceCrops, Images, Shards, Source
-from .data import as_tuple, closing_iterator, crop_loader, image_files, open_source
-from .images import held_out_photographs, load_image, save_image
+from .data import as_tuple, crop_loader, image_files, open_source, reading
+from .images import ImageError, held_out_photographs, load_image, save_image
 from .kernels import checkpoint_activations, optimize
-from .launch import EXPECTED_ERRORS, RESUME_HINT, Interrupted, StopSignals, gather_objects, reduce_mean
+from .launch import EXPECTED_ERRORS, RESUME_HINT, Interrupted, StopSignals, announce_group
+from .launch import gather_objects, rank_and_world, reduce_mean
 from .losses import Distance, PatchDiscriminator
 from .losses import discriminator_loss, generator_loss, perceptual_distance
 from .recipes import RECIPES, TrainConfig, estimate_cost, lr_multiplier, parse_setting, recipe
@@ -406,9 +409,18 @@ def load_checkpoint(t: Trainer, files: Mapping[str, bytes]) -> None:
 
 # %% ../nbs/10_training.ipynb #bf04b8e2
 def validation_images(source: Source | None, size: int) -> Tensor:  # (B, 3, size, size)
-    "Return at most 8 images of a source, or scikit-image's photographs."
-    files = image_files(source)[:8] if source else held_out_photographs(["skimage"])
-    return torch.cat([load_image(file, size) for file in files])
+    "Return the first 8 readable images of a source, or scikit-image's photographs; raise `DataError`."
+    images = []
+    for file in image_files(source) if source else held_out_photographs(["skimage"]):
+        try:
+            images.append(load_image(file, size))
+        except ImageError as e:
+            warnings.warn(f"skipped an unreadable validation image: {e}", stacklevel=2)
+        if len(images) == 8:
+            break
+    if not images:
+        raise DataError(f"no validation image of {source} can be read")
+    return torch.cat(images)
 
 # %% ../nbs/10_training.ipynb #64c9fcd1
 @torch.no_grad()
@@ -445,17 +457,20 @@ def first_crops(config: TrainConfig, images: Images, processes: int) -> Tensor: 
     "Return the crops of the first step in all processes, for `init_latent_norm`."
     count = config.accumulate * processes * as_tuple(config.batch)[0]
     plan = CropPlan(as_tuple(config.size)[0], count, config.seed)
-    return next(iter(crop_loader(images, plan, range(1), crop_rule(config)))).x
+    return next(crop_loader(images, plan, range(1), crop_rule(config))).x
 
 # %% ../nbs/10_training.ipynb #af029595
 @contextmanager
-def remaining_crops(t: Trainer, images: Images, workers: int = 0) -> Iterator[Iterator[Crop]]:
+def remaining_crops(
+    t: Trainer, images: Images, workers: int = 0, stopped: Callable[[], object] = bool,
+) -> Iterator[Iterator[Crop]]:  # fmt: skip
     "Open the crops of the remaining steps for this process, one `Crop` per pass; raise `DataError`."
     c, a = t.config, t.accelerator
     plan = CropPlan(c.size, c.batch, c.seed, a.process_index, a.num_processes, c.accumulate)
     steps = range(t.step, c.steps)
     if not c.device_crops:
-        with closing_iterator(crop_loader(images, plan, steps, crop_rule(c), workers)) as crops:
+        loader = crop_loader(images, plan, steps, crop_rule(c), workers, a.device, stopped)
+        with reading(loader, lambda: f"step {t.step}: ") as crops:
             yield crops
     elif isinstance(images, Shards):
         raise DataError("device_crops needs images that fit in memory, not shards: set device_crops=false")
@@ -533,23 +548,20 @@ def synchronize(t: Trainer, parts: dict, crops: Sequence[Crop], stop: StopSignal
 
 # %% ../nbs/10_training.ipynb #314c2d85
 @contextmanager
-def explain_errors(t: Trainer, checkpoints: Path) -> Iterator[None]:
-    "Add the step, the cause and the remedy to errors raised inside."
+def explain_errors(folder: Path) -> Iterator[None]:
+    "Add the remedy to `TrainingDiverged` and to the error of a full disk."
     try:
         yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT) or str(folder) in str(e):
+            raise
+        problem = f"cannot write to {folder} ({e.strerror})"
+        raise OSError(e.errno, f"{problem}: free disk space and resume; earlier checkpoints are kept") from e
     except TrainingDiverged as e:
-        newest = newest_checkpoint(checkpoints)
+        newest = newest_checkpoint(folder / "checkpoints")
         kept = f"{newest[0]} is kept" if newest else "no checkpoint was written yet"
         remedy = "Start in another folder with a lower lr or a longer warmup"
         raise TrainingDiverged(f"{e}; {kept}. {remedy}") from None
-    except DataError as e:  # a loading process adds its traceback
-        raise DataError(str(e).rpartition("DataError: ")[2].strip()) from e
-    except (RuntimeError, ConnectionError, EOFError) as e:  # the last two: it died while sending data
-        if isinstance(e, RuntimeError) and "DataLoader worker" not in str(e):
-            raise
-        cause = (str(e).splitlines() or [type(e).__name__])[0]
-        raise DataError(f"step {t.step}: a process that loads images died ({cause}), most often for lack of "
-                        "memory; resume with fewer workers") from e  # fmt: skip
 
 # %% ../nbs/10_training.ipynb #40335c5d
 def run_steps(
@@ -559,8 +571,10 @@ def run_steps(
     c, device = t.config, t.accelerator.device
     passes = list(itertools.islice(crops, c.accumulate))
     while t.step < c.steps:
+        if len(passes) < c.accumulate:
+            raise Interrupted(f"{stop.received} before step {t.step + 1} of {c.steps}, {RESUME_HINT}")
         started = time.monotonic()
-        parts, bits = train_step(t, [crop.x.to(device, non_blocking=True) for crop in passes])
+        parts, bits = train_step(t, [crop.x.to(device) for crop in passes])
         following = list(itertools.islice(crops, c.accumulate))  # while the device computes
         parts, stopped, found = synchronize(t, parts, passes, stop)
         passes = following
@@ -592,7 +606,9 @@ def train(
 
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
-    accelerator, folder = Accelerator(cpu=not torch.cuda.is_available()), Path(folder)
+    folder = Path(os.path.expanduser(folder))
+    announce_group()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     images, config, main = open_source(images), resolve_config(config, folder), accelerator.is_main_process
     x = validation_images(validation, min(as_tuple(config.size)))
     perceptual = perceptual or perceptual_distance(config.perceptual)
@@ -604,12 +620,12 @@ def train(
     unreadable = UnreadableImages(folder, t.step, record["images"]["count"], config.max_unreadable)
     recorder = None
     with ExitStack() as stack:
+        stack.enter_context(explain_errors(folder))
         if main:
             stack.enter_context(open_run_dir(folder, record, t.step))
             recorder = Recorder(t, folder, stack.enter_context(MetricsLog(folder, t.step, wandb)), x)
         stop = stack.enter_context(StopSignals())
-        stack.enter_context(explain_errors(t, folder / "checkpoints"))
-        crops = stack.enter_context(remaining_crops(t, images, workers))
+        crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
         run_steps(t, crops, stop, unreadable, recorder, folder, on_step)
         if main:
             t.eval_model.save_pretrained(folder / "tokenizer")
@@ -644,7 +660,7 @@ def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args
     "Train as the command line says; print expected errors as one line on standard error."
     parser = argparse.ArgumentParser("bitvae.training", description="Train, also as one process of torchrun.")
     add_train_arguments(parser)
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank = f"rank {rank_and_world()[0]}: " if rank_and_world()[1] > 1 else ""
     try:
         run(parser.parse_args(arguments))
     except (Interrupted, *EXPECTED_ERRORS) as e:

@@ -5,23 +5,28 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from children import ROOT, bitvae
+from children import ROOT, bitvae, call
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bitvae import BitVAE, load_image
+from bitvae import BitVAE, load_image, save_image
 from bitvae.checkpoints import RELEASED, CheckpointError, fetch_released, published_names
-from bitvae.data import DataError
+from bitvae.data import CropPlan, DataError, RandomCrops, crop_loader
 from bitvae.evaluation import protocol_rows, read_results
 from bitvae.images import bundled_photographs
+from bitvae.launch import Interrupted
 from bitvae.recipes import recipe
 from bitvae.run_dir import RunExistsError, newest_checkpoint, read_metrics
 from bitvae.tokenizer import BitVAEConfig
@@ -80,6 +85,72 @@ def test_an_image_smaller_than_the_crop(tmp_path):
         train(recipe("smoke"), tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(recipe("smoke", upscale=True), tmp_path, tmp_path / "other")
+
+
+def odd_orientation():
+    "EXIF data with the orientation as text instead of a number."
+    tag = struct.pack("<HHHI4sI", 1, 0x112, 2, 2, b"6", 0)
+    return b"Exif\0\0II*\0\x08\0\0\0" + tag
+
+
+def test_one_broken_file_of_six_is_named_and_stops_neither_training_nor_evaluation(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in range(4):
+        save_image(load_image(bundled_photographs()[n], 64), images / f"{n}.png")
+    Image.open(images / "0.png").save(images / "odd.jpg", exif=odd_orientation())
+    (images / "broken.png").write_bytes(b"no image")
+    run = bitvae("train", "smoke", "--images", images, "--folder", tmp_path / "run", "--set", "steps=6")
+    assert run.returncode == 0, run.stderr
+    (line,) = read_metrics(tmp_path / "run" / "broken.jsonl")
+    assert line["name"] == str(images / "broken.png")
+    run = bitvae("evaluate", "demo", "--images", images, "--resolutions", 32, "--folder", tmp_path)
+    assert run.returncode == 0 and "1 of 6 images cannot be read and are left out: " in run.stdout, run.stderr
+    results = read_results(tmp_path)
+    assert results["images"] == ["0.png", "1.png", "2.png", "3.png", "odd.jpg"]
+    assert list(results["unreadable"]) == [str(images / "broken.png")]
+    assert len(protocol_rows(results)["1 scale"]["per_image"]["psnr"]) == 5
+
+
+def load_with_small_files():
+    "Load batches larger than any file of this process may be, so also than its shared memory."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    signal.alarm(60)
+    crops = list(crop_loader(bundled_photographs(), CropPlan(128, 4), range(3), workers=2))
+    print([tuple(crop.x.shape) for crop in crops])
+
+
+def test_loading_processes_need_no_shared_memory():
+    run = call(load_with_small_files)
+    assert run.returncode == 0 and run.stdout == f"{[(4, 3, 128, 128)] * 3}\n", run.stderr
+
+
+def test_a_signal_ends_the_wait_for_images(tmp_path, monkeypatch):
+    crop, parent = RandomCrops.crop, os.getpid()
+
+    def stuck(self, n, size):
+        if n >= 4 and os.getpid() != parent:
+            time.sleep(2)  # until it waits
+            os.kill(parent, signal.SIGTERM)
+            time.sleep(60)
+        return crop(self, n, size)
+
+    monkeypatch.setattr(RandomCrops, "crop", stuck)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # to end the worker
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match=r"SIGTERM after step \d of 6: its checkpoint is in"):
+        train(recipe("smoke", steps=6), bundled_photographs()[:2], tmp_path, workers=1)
+    assert time.monotonic() - started < 30
+    assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] <= 2
+
+
+def test_variables_of_another_launcher_are_ignored(tmp_path):
+    left = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    options = ("--images", bundled_photographs()[0], "--size", "32", "--folder", tmp_path / "tokens")
+    run = bitvae("tokenize", "demo", *options, **left)
+    assert run.returncode == 0 and "ignoring WORLD_SIZE=4 of another launcher" in run.stderr
+    run = bitvae("train", "smoke", "--set", "steps=1", "--folder", tmp_path / "run", **left, PMI_SIZE="4")
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 40), (33, 31), (256, 255)])

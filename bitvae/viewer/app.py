@@ -261,7 +261,7 @@ def view(
 # %% ../../nbs/viewer/24_app.ipynb #14f22dc3
 def page_notebook(image: str | os.PathLike | None, tokenizer: str, size: int | None) -> dict:
     "Return a notebook that shows the viewer and accepts no paths."
-    image = image and str(Path(image).expanduser().resolve())
+    image = image and os.path.realpath(os.path.expanduser(image))
     if tokenizer != "demo" and Path(tokenizer).exists():
         tokenizer = str(Path(tokenizer).resolve())
     source = f"from bitvae.viewer import view\nview({image!r}, {tokenizer!r}, {size!r}, paths=False)"

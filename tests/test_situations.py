@@ -1,0 +1,146 @@
+"Files, notebooks, checkpoints and machines that are unusual, as public reports describe them."
+
+import json
+import os
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from children import bitvae, call, command_line
+from safetensors.torch import save_file
+
+from bitvae import Bits, BitVAE, load_image, save_image
+from bitvae.images import atomic_write, bundled_photographs
+
+# output goes where it was sent
+
+
+def test_links_devices_modes_and_long_names(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "real").chmod(0o640)
+    (tmp_path / "link").symlink_to("real")
+    os.mkfifo(tmp_path / "fifo")
+    received = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "fifo").read_bytes()), daemon=True)
+    reader.start()
+    for name in ("link", "fifo", "a" * 255, "é" * 127):
+        with atomic_write(tmp_path / name) as part:
+            part.write_bytes(b"new")
+    reader.join(10)
+    with atomic_write(tmp_path / "private") as part:
+        save_file({}, part)  # with mode 600
+    (tmp_path / "plain").touch()
+    assert len({(tmp_path / name).stat().st_mode for name in ("plain", "private")}) == 1
+    assert received == [b"new"] and (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(IsADirectoryError, match="it is a folder"), atomic_write(tmp_path):
+        pass
+    assert len(list(tmp_path.iterdir())) == 7  # no temporary file
+
+
+def test_home_and_names_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    save_image(torch.zeros(3, 32, 32), "~x.png")  # no user has this name
+    assert bitvae("encode", "~x.png", "~/x.bits").returncode == 0
+    assert Bits.load("~/x.bits").image_size == (32, 32)
+    assert BitVAE.from_pretrained(BitVAE.from_pretrained("demo").save_pretrained("~/tok")).config.dim == 6
+    assert not (tmp_path / "~").exists()
+
+
+# papermill
+
+
+def write_notebook(file, *cells):
+    "Write a notebook that names no kernel; its first cell holds the parameters."
+    cells = [
+        {"cell_type": "code", "source": text, "outputs": [], "execution_count": None, "id": f"c{n}"}
+        | {"metadata": {"tags": ["parameters"]} if n == 0 else {}}
+        for n, text in enumerate(cells)
+    ]
+    file.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def test_run_an_odd_notebook_on_an_odd_machine(tmp_path):
+    write_notebook(tmp_path / "a{b}.ipynb", 'x: str | None = "y"', "print(repr(x))")
+    (folder := tmp_path / "kernels" / "python3").mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "R"}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    (temporary := tmp_path / ("t" * 90)).mkdir()
+    env = {"JUPYTER_PATH": str(tmp_path), "TMPDIR": str(temporary), "HOME": "~"}
+    run = bitvae("run", tmp_path / "a{b}.ipynb", tmp_path / "out.ipynb", "--set", "x=2024", **env)
+    assert (run.returncode, run.stderr) == (0, "") and run.stdout.startswith("'2024'\n")
+
+
+def test_a_killed_kernel(tmp_path):
+    write_notebook(tmp_path / "a.ipynb", "x = 1", "import os; os.kill(os.getpid(), 9)")
+    run = bitvae("run", tmp_path / "a.ipynb", tmp_path / "out.ipynb")
+    assert run.returncode == 1 and "often out of memory" in run.stderr and "Traceback" not in run.stderr
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.ipynb", "out.failed.ipynb"]
+
+
+# checkpoints and fingerprints
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_keeps_fingerprint_and_names(tmp_path):
+    tok = BitVAE.from_pretrained("demo")
+    mark, names = tok.fingerprint, set(tok.state_dict())
+    tok.encoder = torch.compile(tok.encoder)
+    assert set(tok.state_dict()) != names and tok.fingerprint == mark
+    again = BitVAE.from_pretrained(tok.save_pretrained(tmp_path))
+    assert again.fingerprint == mark and set(again.state_dict()) == names
+
+
+def test_fingerprints_tell_rounded_weights_apart():
+    tok, rounded = (BitVAE.from_pretrained("demo", dtype=d) for d in (torch.float32, torch.bfloat16))
+    bits = tok.encode(load_image(bundled_photographs()[0], 64))
+    assert tok.fingerprint != rounded.fingerprint == rounded.float().fingerprint
+    assert rounded.decode(bits).shape == (1, 3, 64, 64)  # its decoder is as good
+    tok.decode(replace(bits, tokenizer="4c9f54d6055a1fbf"))  # as written by earlier versions
+    with pytest.raises(ValueError, match="tokenizer 4c9f54d7055a1fbf made these bits"):
+        tok.decode(replace(bits, tokenizer="4c9f54d7055a1fbf"))
+
+
+def test_an_unusable_checkpoint_says_what_it_holds(tmp_path):
+    torch.save({"model": {"fc.weight": torch.ones(1)}, "epoch": 3}, tmp_path / "x.pth")
+    run = bitvae("info", tmp_path / "x.pth", HOME="~")
+    assert "x.pth: these are not the weights" in run.stderr and "model (dict), epoch (int)" in run.stderr
+    run = bitvae("info", "infinity_vae_d16", HOME="~", BITVAE_WEIGHTS="")
+    assert run.stderr == "bitvae: this user has no home folder for weights: set BITVAE_WEIGHTS or HOME\n"
+
+
+# messages
+
+
+def test_messages_about_files(tmp_path):
+    tok = BitVAE.from_pretrained("demo")
+    file = tok.encode(load_image(bundled_photographs()[0], 128)).save(tmp_path / "x.BITS")
+    assert "7 of 7 scales" in bitvae("info", file).stdout
+    file.write_bytes(file.read_bytes()[:150])
+    assert "5 of 7 scales: 1x1 2x2 4x4 6x6 8x8\n" in bitvae("info", file).stdout
+    run = bitvae("decode", file, tmp_path / "x.png")
+    assert run.stderr == "bitvae: warning: the file is cut short: it holds 5 of 7 scales\n"
+    assert "out names no image format" in bitvae("decode", file, tmp_path / "out").stderr
+    (tmp_path / "images").mkdir()
+    for name in (b"a\xe9.png", b"b\xe9.png"):
+        (tmp_path / "images" / os.fsdecode(name)).touch()
+    run = bitvae("make-list", tmp_path / "images")
+    assert run.returncode == 1 and r"a\udce9.png', '" in run.stderr and r"b\udce9.png'" in run.stderr
+
+
+def info_into_closed_pipe():
+    "Run `bitvae info demo` with a standard output without a reader."
+    read, write = os.pipe()
+    os.close(read)
+    sys.stdout = os.fdopen(write, "w")
+    return command_line("info", "demo")
+
+
+def test_a_closed_pipe_ends_quietly():
+    run = call(info_into_closed_pipe)
+    assert (run.returncode, run.stderr) == (141, "")
