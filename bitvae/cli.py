@@ -71,7 +71,7 @@ def describe_tokenizer(tok: BitVAE) -> str:
     "Return configuration, parameter counts and bits per image as text."
     c = tok.config
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (tok.encoder, tok.decoder)]
-    lines = [str(c), f"encoder {counts[0]:.2f} M parameters, decoder {counts[1]:.2f} M"]
+    lines = [str(c), tok.origin(), f"encoder {counts[0]:.2f} M parameters, decoder {counts[1]:.2f} M"]
     for size in (256, 512, 1024):
         schedule = scale_schedule(-(-size // c.stride), -(-size // c.stride), c.mode)
         bits = sum(h * w for h, w in schedule) * c.dim

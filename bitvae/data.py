@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from .bits import patch
@@ -179,6 +180,7 @@ class CropRule(NamedTuple):
     full_image_prob: float = 0.0  # probability of a crop that is not zoomed
     upscale: bool = False         # upscale images smaller than the crop instead of refusing them
     color_jitter: float = 0.0     # strength of `jitter_colors`
+    crop_size: int | None = None  # cut at this side and shrink by area means; None: cut at the final size
 
 
 DEFAULT_CROP_RULE = CropRule()
@@ -243,10 +245,12 @@ def random_crop(
     if full is None:
         image = opener(file)
         full = image.size
-    square = rule.sample_square(*full, size, u)
+    side = rule.crop_size or size
+    square = rule.sample_square(*full, side, u)
     if image is None:
-        image = opener(file, 2.0 ** min(0, math.ceil(math.log2(2 * size / square[2]))))
-    x = crop_square(image, square, size, full, mirror=u[4] < 0.5)
+        image = opener(file, 2.0 ** min(0, math.ceil(math.log2(2 * side / square[2]))))
+    x = crop_square(image, square, side, full, mirror=u[4] < 0.5)
+    x = x if side == size else F.adaptive_avg_pool2d(x, size)
     return jitter_colors(x, rng.random(4), rule.color_jitter) if rule.color_jitter else x
 
 # %% ../nbs/08_data.ipynb #df25e831

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESIZES', 'LPIPS_NETS', 'INCEPTION_FILES', 'PROTOCOLS', 'Protocol', 'check_protocol', 'protocol', 'protocol_hash',
-           'crop_key', 'crop_image', 'to_protocol_bytes', 'check_pair', 'to_levels', 'psnr', 'window_means', 'ssim',
-           'ms_ssim', 'load_inception', 'InceptionFeatures', 'EfficientNetFeatures', 'FeatureMoments',
-           'frechet_distance', 'frechet_warning', 'sample_indices', 'set_distances', 'ScaleBitStats',
+           'crop_key', 'torchvision_crop', 'crop_image', 'to_protocol_bytes', 'check_pair', 'to_levels', 'psnr',
+           'window_means', 'ssim', 'ms_ssim', 'load_inception', 'InceptionFeatures', 'EfficientNetFeatures',
+           'FeatureMoments', 'frechet_distance', 'frechet_warning', 'sample_indices', 'set_distances', 'ScaleBitStats',
            'describe_bit_stats', 'count_bits']
 
 # %% ../nbs/13_metrics.ipynb #c2f1fbe8
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 
 from .bits import Bits
 from .checkpoints import weights_dir
-from .images import center_crop, ImageBytes, open_image, to_image, to_tensor, to_uint8
+from .images import center_crop, ImageBytes, open_image, open_lazy, to_image, to_tensor, to_uint8
 from .losses import EfficientNetDistance
 from .quantizer import binary_entropy
 from .schedules import scale_schedule
@@ -51,6 +52,7 @@ class Protocol:
     resize: str = "bicubic"        # filter, one of `RESIZES`
     antialias: bool = True         # widen the filter when downsampling, as Pillow does
     halve: bool = False            # first halve by 2x2 means while the result is large enough, as ADM does
+    torchvision: bool = False      # resize and crop by torchvision: other rounding, no EXIF orientation
     mode: str | None = None        # schedule mode; None: the tokenizer's
     # reconstructions
     clamp: bool = True             # to [-1, 1], for all metrics
@@ -74,7 +76,9 @@ def check_protocol(p: Protocol) -> None:
     rules = {
         "size": (type(p.size) is int and p.size >= 11, "an integer of at least 11 pixels, for SSIM's window"),
         "resize": (p.resize in RESIZES, f"one of {', '.join(RESIZES)}"),
-        "antialias": (p.antialias or p.resize != "lanczos", "True with lanczos"),
+        "antialias": (p.antialias or not (p.resize == "lanczos" or p.torchvision),
+                      "True with lanczos or torchvision"),
+        "halve": (not (p.halve and p.torchvision), "False with torchvision"),
         "rounding": (p.rounding in ("round", "truncate"), "'round' or 'truncate'"),
         "ssim_window": (window is None or window in range(3, p.size + 1, 2), "odd, from 3 to size, or None"),
         "ssim_range": (0 < p.ssim_range < math.inf, "positive"),
@@ -90,10 +94,10 @@ def check_protocol(p: Protocol) -> None:
 # %% ../nbs/13_metrics.ipynb #a39a8785
 PROTOCOLS = {p.name: p for p in (
     Protocol(),
-    Protocol("published", mode="dynamic", clamp=False, rounding="truncate"),
+    Protocol("published", torchvision=True, mode="dynamic", clamp=False, rounding="truncate"),
     Protocol("open-magvit2", resize="bilinear", antialias=False, rounding="truncate"),
     Protocol("llamagen", halve=True, ssim_range=2.0, lpips=(), inception="torch-fidelity"),
-    Protocol("bsq-vit", resize="lanczos", ssim_window=None, inception="torch-fidelity"),
+    Protocol("bsq-vit", resize="lanczos", torchvision=True, ssim_window=None, inception="torch-fidelity"),
 )}  # fmt: skip
 
 # %% ../nbs/13_metrics.ipynb #7ac06684
@@ -121,7 +125,18 @@ def protocol_hash(p: Protocol) -> str:
 # %% ../nbs/13_metrics.ipynb #3c47410e
 def crop_key(p: Protocol) -> str:
     "Return a string that is equal for protocols with the same crops."
-    return f"{p.resize}{'' if p.antialias else '-aliased'}{'-halved' if p.halve else ''}-{p.size}"
+    flags = {"-aliased": not p.antialias, "-halved": p.halve, "-torchvision": p.torchvision}
+    return p.resize + "".join(name for name, present in flags.items() if present) + f"-{p.size}"
+
+# %% ../nbs/13_metrics.ipynb #c88bd175
+def torchvision_crop(file: str | os.PathLike | ImageBytes | Image, p: Protocol) -> Image:
+    "Read an image without its EXIF orientation; resize and crop it by torchvision."
+    from torchvision.transforms.v2 import functional, InterpolationMode
+
+    with nullcontext(file) if isinstance(file, Image) else open_lazy(file) as image:
+        rgb = image.convert("RGB")
+    resized = functional.resize(rgb, [p.size], InterpolationMode(p.resize))
+    return functional.center_crop(resized, [p.size])
 
 # %% ../nbs/13_metrics.ipynb #1a43cfaf
 def crop_image(
@@ -129,6 +144,8 @@ def crop_image(
     p: Protocol,
 ) -> Tensor:  # (1, 3, size, size) in [-1, 1]
     "Read and crop an image as the protocol does; raise `FileNotFoundError` or `ImageError`."
+    if p.torchvision:
+        return to_tensor(torchvision_crop(file, p))
     image = open_image(file)
     while p.halve and min(image.size) >= 2 * p.size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)

@@ -103,14 +103,15 @@ def binary_entropy(p: Tensor) -> Tensor:
 
 # %% ../nbs/03_quantizer.ipynb #e417db74
 def all_reduce_mean(
-    mean: Tensor,  # mean over this process's samples
-) -> Tensor:  # mean over all processes, with the local gradient
+    mean: Tensor,  # mean over this process's samples, (d,)
+    present: bool = True,  # False: this process has no samples
+) -> Tensor:  # mean over all processes that have samples, with the local gradient
     "Average a batch statistic over processes."
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return mean
-    total = mean.detach().clone()
+    total = present * torch.cat([mean.detach(), mean.new_ones(1)])
     dist.all_reduce(total)
-    return mean + (total / dist.get_world_size() - mean).detach()
+    return mean + (total[:-1] / total[-1] - mean).detach()
 
 # %% ../nbs/03_quantizer.ipynb #48761d17
 class ScaleLoss(NamedTuple):
@@ -249,7 +250,13 @@ def forward(
     weights = self.commitment_weight, self.entropy_weight, self.inv_temperature
     sums, token_maps, losses = [], [], []
     with torch.autocast(z.device.type, enabled=False):
-        for v, token_map, codes in quantize_residual(z.float(), kept, self.detach_residual, edit):
+        scales = quantize_residual(z.float(), kept, self.detach_residual, edit)
+        for present in keep:
+            if not present:
+                if self.training:
+                    all_reduce_mean(z.new_zeros(self.dim, dtype=torch.float32), present)
+                continue
+            v, token_map, codes = next(scales)
             sums.append(sums[-1] + codes if sums else codes)
             token_maps.append(token_map)
             losses.append(scale_loss(v, *weights).loss if self.training else v.new_zeros(()))

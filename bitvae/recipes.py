@@ -46,7 +46,7 @@ class LossConfig:
 # %% ../nbs/09_recipes.ipynb #6884352d
 @dataclass(frozen=True)
 class TrainConfig(LossConfig):
-    "One training run; the defaults are the published first stage (Infinity, d = 16)."
+    "One training run; the defaults are those of the published first stage (Infinity, d = 16)."
 
     name: str = "custom"               # for logs and messages
     model: BitVAEConfig | None = field(default_factory=BitVAEConfig)  # None: that of `init_from`
@@ -55,6 +55,7 @@ class TrainConfig(LossConfig):
 
     train_mode: str = "dense"          # schedule in training, see `scale_schedule`
     drop_rate: float = 0.5             # probability of dropping a scale; the last one is kept
+    shared_drops: bool = True          # all processes and passes of a step drop the same scales
     prefix_rate: float = 0.0           # fraction of a batch that is decoded from a prefix of the scales
     gradient: str = "scales"           # of the quantized latent: through every scale, or to the "latent"
     size: int | tuple[int, ...] = 256  # side of a crop, pixels; with several sizes, each step samples one
@@ -64,6 +65,7 @@ class TrainConfig(LossConfig):
     full_image_prob: float = 0.0       # fraction of crops without zoom
     upscale: bool = True               # upscale images smaller than the crop
     color_jitter: float = 0.0          # strength of color jitter, in [0, 1]
+    crop_size: int | None = None       # cut crops at this side and shrink them by area; None: cut at `size`
     device_crops: bool = False         # keep all images in the device's memory and crop there
     max_unreadable: float = 0.01       # fraction of unreadable images that stops the run
 
@@ -119,6 +121,8 @@ def check_config(c: TrainConfig) -> None:
         ("size", first is None or min(sizes, default=0) >= 24, "at least 24 pixels for the discriminator"),
         ("batch", enough, f"at least 1, for each of {len(sizes)} sizes"),
         ("model", c.model or c.init_from is not None, "given unless init_from is set"),
+        ("crop_size", c.crop_size is None or c.crop_size >= max(sizes), "at least the largest size, or None"),
+        ("crop_size", c.crop_size is None or not c.device_crops, "None with device_crops"),
         ("discriminator_start", (first or 0) >= 0, "a step, or None"),
         ("init_latent_norm", norm is None or 0 < norm < inf, "positive, or None"),
         ("init_latent_norm", norm is None or c.init_from is None, "None where init_from is set"),
@@ -144,10 +148,10 @@ def lr_multiplier(config: TrainConfig, step: int) -> float:  # in [0, 1]; steps 
 # %% ../nbs/09_recipes.ipynb #e13c44ec
 def published_stages(dim: int) -> tuple[TrainConfig, TrainConfig]:
     "Return the two published stages for d bits per token."
-    first = TrainConfig(f"d{dim}_stage1", BitVAEConfig(dim=dim))
+    first = TrainConfig(name=f"d{dim}_stage1", model=BitVAEConfig(dim=dim), shared_drops=False)
     return first, replace(
-        first, name=f"d{dim}_stage2", init_from="", size=(256, 512, 1024), batch=(8, 4, 2), steps=200_000,
-        lr_drop=0.75, discriminator_start=0, activation_checkpointing=True,
+        first, name=f"d{dim}_stage2", init_from="", size=(256, 512, 1024), batch=(8, 4, 2), crop_size=1024,
+        steps=200_000, lr_drop=0.75, discriminator_start=0, activation_checkpointing=True,
     )  # fmt: skip
 
 # %% ../nbs/09_recipes.ipynb #5518c718

@@ -257,9 +257,16 @@ class GraphedUpdates:
         return {name: value.clone() for name, value in parts.items()}, replace(bits, planes=planes)
 
 # %% ../nbs/10_training.ipynb #779e289e
-def step_seed(seed: int, step: int) -> int:
-    "Return the seed of all random numbers in one step."
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+def step_seed(seed: int, step: int, *part: int) -> int:
+    "Return the seed of all random numbers in one step, or in a part of it."
+    return int(np.random.SeedSequence([seed, step, *part]).generate_state(1, np.uint64)[0])
+
+
+@patch
+def seed_pass(self: Trainer, number: int) -> None:
+    "Seed torch for a pass of the current step."
+    part = () if self.config.shared_drops else (self.accelerator.process_index, number)
+    torch.manual_seed(step_seed(self.config.seed, self.step, *part))
 
 # %% ../nbs/10_training.ipynb #fe903f3b
 @patch
@@ -315,7 +322,7 @@ def update_networks(
         t.raw_discriminator.requires_grad_(False)
     for number, x in enumerate(accumulate_passes(t.accelerator, t.model, images)):
         if number:
-            torch.manual_seed(step_seed(c.seed, t.step))  # every pass drops the same scales
+            t.seed_pass(number)
         with t.autocast():
             y, z, q = t.model(x)
             logits = t.raw_discriminator(y[q.prefixes :]).float() if adversarial else None
@@ -344,7 +351,7 @@ def train_step(
     if t.discriminator is not None:
         set_lr(t.discriminator_optimizer, DISCRIMINATOR_LR_RATIO * lr)
     adversarial = t.discriminator is not None and t.step >= c.discriminator_start
-    torch.manual_seed(step_seed(c.seed, t.step))
+    t.seed_pass(0)
     parts, bits = (t.graphs or update_networks)(t, images, adversarial)
     if t.ema_model:
         decay = min(c.ema, (1 + t.step) / (10 + t.step))  # forgets the initial weights
@@ -435,7 +442,8 @@ def validate(t: Trainer, x: Tensor, folder: Path, log: MetricsLog) -> dict[str, 
 # %% ../nbs/10_training.ipynb #33565a49
 def crop_rule(config: TrainConfig) -> CropRule:
     "Return how the recipe samples crops."
-    return CropRule(config.max_zoom, config.full_image_prob, config.upscale, config.color_jitter)
+    names = ("max_zoom", "full_image_prob", "upscale", "color_jitter", "crop_size")
+    return CropRule(*(getattr(config, name) for name in names))
 
 # %% ../nbs/10_training.ipynb #2ba83b3e
 @patch

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitvae import BitVAE, BitVAEConfig
+from bitvae import Bits, BitVAE, BitVAEConfig
 from bitvae.checkpoints import config_from_weights, internal_name, published_names, tokenizer_weights
 from bitvae.kernels import optimize
 from bitvae.losses import PatchDiscriminator, discriminator_loss, generator_loss
 from bitvae.metrics import PROTOCOLS, psnr, ssim
-from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, scale_loss, straight_through
-from bitvae.schedules import LISTED, scale_schedule
+from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, quantize_residual, scale_loss, straight_through
+from bitvae.schedules import LISTED, generation_schedule, generation_size, scale_schedule
+from bitvae.teacher_forcing import bits_from_tokens, next_input, teacher_forcing
 from bitvae.tiling import tiled_forward
 
 CASES = ("d16_dense", "d32_dynamic", "d24_original", "d64_dynamic_rect", "d32_same2", "d16_detach")
@@ -45,6 +46,16 @@ def test_resolutions(golden):
             assert scale_schedule(H // 16, W // 16) == tuple(map(tuple, scales))
 
 
+def test_generation_schedules(golden):
+    for ratio, ((small, scales), (medium, _), (large, scales_1m), _) in golden("resolutions.json").items():
+        ratio = float(ratio)
+        assert generation_schedule(ratio, "0.06M") == tuple(map(tuple, scales))
+        assert generation_schedule(ratio, "0.60M") == tuple(map(tuple, scales_1m[:12]))
+        assert generation_schedule(ratio, patch=2) == tuple((2 * h, 2 * w) for h, w in scales_1m)
+        budgets = ("0.06M", "0.25M", "1M")
+        assert [[*generation_size(ratio, b)] for b in budgets] == [small, medium, large]
+
+
 def test_schedules_of_other_sizes():
     for mode in set(LISTED) - {"half"}:
         listed = {n: len(scale_schedule(n, n, mode)) for n in (16, 32, 64)}
@@ -75,6 +86,26 @@ def test_quantizer(golden, case):
     torch.testing.assert_close(out.losses, t[f"{case}.loss"], rtol=1e-5, atol=1e-8)
     ((out.z * t[f"{case}.g"]).sum() + 10 * out.losses.mean()).backward()
     close(z.grad, t[f"{case}.dz"], rtol=1e-3)
+
+@pytest.mark.parametrize("case", ["square", "square_flips", "wide", "patchify"])
+def test_teacher_forcing(golden, case):
+    t, options = golden("teacher_forcing.safetensors"), golden("teacher_forcing.json")[case]
+    z, schedule, patch = t[f"{case}.z"], options["schedule"], 1 + options["patchify"]
+    flips = [t[f"{case}.flips{k:02d}"].bool() for k in range(options["flipped_scales"])]
+    vs, planes, _ = zip(*quantize_residual(z, [tuple(size) for size in schedule]), strict=True)
+    bits = Bits(planes, schedule)
+
+    def edit(k, plane):
+        return plane ^ flips[k] if k < len(flips) else plane
+
+    targets, inputs = teacher_forcing(bits, edit if flips else None, z, patch)
+    for k, target in enumerate(targets):
+        assert torch.equal(target, t[f"{case}.targets{k:02d}"].bool()), k
+    torch.testing.assert_close(torch.cat(inputs, 1), t[f"{case}.inputs"], rtol=0, atol=1e-5)
+    edited = Bits([p for _, p, _ in quantize_residual(z, bits.schedule, edit=edit)], schedule)
+    for k in range(1, len(schedule)):
+        torch.testing.assert_close(next_input(edited[:k], patch), inputs[k - 1], rtol=0, atol=1e-5)
+    assert bits_from_tokens(teacher_forcing(edited, patch=patch).targets, schedule, patch) == edited
 
 
 def test_one_scale(golden):

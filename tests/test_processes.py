@@ -31,7 +31,7 @@ processes, rank = accelerator.num_processes, accelerator.process_index
 config = recipe(
     "smoke", channels=64, batch=8 // processes,  # 2 channels per group: gradients above rounding noise
     train_mode="dense", drop_rate=0.5, steps=5, lr=0.01, warmup=0.0, init_latent_norm=None, pixel_loss="l1",
-    latent_mse_weight=0.0, discriminator_start=0 if gan else None,
+    latent_mse_weight=0.0, discriminator_start=0 if gan else None, shared_drops=not gan,
 )
 t = Trainer(config, accelerator, init_tokenizer(config))
 if not gan:
@@ -78,6 +78,7 @@ def test_two_processes_with_batch_4_match_one_with_batch_8(worker):
 
 
 def test_with_a_discriminator_all_ranks_have_the_same_weights(worker):
+    "Also where every rank drops other scales."
     first, second = worker(2, "gan")
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     for losses in first["losses"]:
@@ -87,7 +88,7 @@ def test_with_a_discriminator_all_ranks_have_the_same_weights(worker):
 ENTROPY = """
 import torch
 import torch.distributed as dist
-from bitvae.quantizer import binary_entropy, scale_loss
+from bitvae.quantizer import all_reduce_mean, binary_entropy, scale_loss
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -103,6 +104,7 @@ reference.backward()
 torch.testing.assert_close(loss, reference)
 gradient = full.grad[2 * rank : 2 * rank + 2]
 torch.testing.assert_close(half.grad / 2, gradient)  # gradients are averaged over ranks
+assert all_reduce_mean(torch.full((2,), float(rank)), present=rank == 1).tolist() == [1, 1]  # rank 0 drops it
 print("equal")
 """
 
