@@ -906,7 +906,8 @@ def write_list(
     if wrong := [path for path in paths if len(path.splitlines()) > 1]:
         raise DataError(f"the file name {wrong[0]!r} contains a line break: rename the file")
     if wrong := [path for path in paths if path != path.encode(errors="ignore").decode()]:
-        raise DataError(f"the file name {wrong[0]!r} is no UTF-8 text, as lists are: rename the file")
+        names = ", ".join(map(repr, wrong[:4])) + f" and {len(wrong) - 4} more" * (len(wrong) > 4)
+        raise DataError(f"lists are UTF-8 text, rename {names}")
     with atomic_write(file) as part:
         rows = zip(paths, image_labels(files, labels), strict=True)
         part.write_text("".join(f"{path} {label}".rstrip() + "\n" for path, label in rows), encoding="utf-8")

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from .bits import Bits
 from .checkpoints import weights_dir
-from .images import center_crop, ImageBytes, open_image, open_lazy, to_image, to_tensor, to_uint8
+from .images import center_crop, cut_long_sides, ImageBytes, open_image, open_lazy
+from .images import to_image, to_tensor, to_uint8
 from .losses import EfficientNetDistance
 from .quantizer import binary_entropy
 from .schedules import scale_schedule
@@ -134,7 +135,7 @@ def torchvision_crop(file: str | os.PathLike | ImageBytes | Image, p: Protocol) 
     from torchvision.transforms.v2 import functional, InterpolationMode
 
     with nullcontext(file) if isinstance(file, Image) else open_lazy(file) as image:
-        rgb = image.convert("RGB")
+        rgb = cut_long_sides(image.convert("RGB"), p.size)
     resized = functional.resize(rgb, [p.size], InterpolationMode(p.resize))
     return functional.center_crop(resized, [p.size])
 
@@ -146,7 +147,7 @@ def crop_image(
     "Read and crop an image as the protocol does; raise `FileNotFoundError` or `ImageError`."
     if p.torchvision:
         return to_tensor(torchvision_crop(file, p))
-    image = open_image(file)
+    image = cut_long_sides(open_image(file), p.size)
     while p.halve and min(image.size) >= 2 * p.size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     if not p.antialias:
