@@ -131,7 +131,8 @@ def peer(package: str, name: str) -> type:
     try:
         return getattr(import_module(package), name)
     except ImportError as e:
-        raise ImportError(f"the benchmark compares with {package}: pip install 'bitvae[bench]'") from e
+        missing = package.replace("_", "-")
+        raise ImportError(f"the benchmark compares with a package: pip install {missing}") from e
 
 
 def diffusers_autoencoder(c: BitVAEConfig) -> nn.Module:

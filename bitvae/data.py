@@ -411,7 +411,7 @@ def hub_images(
     try:
         import datasets
     except ImportError as e:
-        raise ImportError("data sets need one more package: pip install 'bitvae[datasets]'") from e
+        raise ImportError("data sets need one more package: pip install datasets") from e
     path, split = [*name.split(":"), "train"][:2]
     try:
         saved = Path(path).is_dir()
@@ -432,7 +432,7 @@ class Shards:
         try:
             from braceexpand import braceexpand
         except ImportError as e:
-            raise ImportError("tar shards need one more package: pip install 'bitvae[shards]'") from e
+            raise ImportError("tar shards need one more package: pip install webdataset") from e
         self.urls, sources = [], [os.path.expanduser(s) for s in sources]
         for url in (u for s in sources for u in ([s] if Path(s).is_file() else braceexpand(s))):
             folder, name = os.path.split(url)

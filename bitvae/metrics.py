@@ -235,7 +235,7 @@ def ms_ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:
     try:
         from pytorch_msssim import ms_ssim as library_ms_ssim
     except ImportError as e:
-        raise ImportError("MS-SSIM needs a small package: pip install 'bitvae[metrics]'") from e
+        raise ImportError("MS-SSIM needs a small package: pip install pytorch-msssim") from e
     check_pair(x, y)
     if min(x.shape[-2:]) <= 160:
         raise ValueError(f"MS-SSIM needs sides above 160 pixels, the images are {tuple(x.shape[-2:])}")
@@ -265,7 +265,7 @@ def load_inception(
         with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
             return inception.InceptionV3()
     except ImportError as e:
-        raise ImportError(f"FID needs {port}: pip install 'bitvae[metrics]'") from e
+        raise ImportError(f"FID needs one more package: pip install {port}") from e
     except (RuntimeError, KeyError, UnpicklingError, EOFError) as e:
         raise ValueError(f"{place} does not hold the weights of FID's Inception ({type(e).__name__}): "
                          f"fetch {INCEPTION_FILES[port]} again") from e  # fmt: skip
@@ -345,7 +345,7 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     try:
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     except ImportError as e:
-        raise ImportError("a Frechet distance needs torch-fidelity: pip install 'bitvae[metrics]'") from e
+        raise ImportError("a Frechet distance needs one more package: pip install torch-fidelity") from e
     statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a, b)]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
@@ -374,7 +374,7 @@ def set_distances(
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
     except ImportError as e:
-        raise ImportError("KID needs torch-fidelity: pip install 'bitvae[metrics]'") from e
+        raise ImportError("KID needs one more package: pip install torch-fidelity") from e
     size = min(1000, len(x) // 2)
     kid = kid_features_to_metric(y, x, kid_subsets=100, kid_subset_size=size, rng_seed=0, verbose=False)
     mean, std = (float(kid[f"kernel_inception_distance_{key}"]) for key in ("mean", "std"))

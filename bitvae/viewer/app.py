@@ -327,7 +327,7 @@ def serve(
     if not 1 <= port <= 65535:
         raise ValueError(f"no port {port}: one of 1 to 65535")
     if find_spec("voila") is None:
-        raise ImportError("Voila serves the page: pip install voila, or bitvae[viewer]")
+        raise ImportError("Voila serves the page: pip install voila")
     if image:
         load_limited(image, size)
     BitVAE.from_pretrained(tokenizer)
