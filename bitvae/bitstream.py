@@ -30,7 +30,7 @@ from PIL import Image
 
 from . import entropy_coding as entropy
 from .bits import Bits, BitsError, patch
-from .data import CropRule, Source, image_files, random_crop
+from .data import CropPlan, CropRule, RandomCrops, Source, image_files
 from .images import atomic_write, load_image, save_image
 from .schedules import Schedule, Size, scale_schedule
 from .tokenizer import BitVAE
@@ -369,12 +369,12 @@ def describe_file(file: str | os.PathLike) -> str:
 
 # %% ../nbs/18_bitstream.ipynb #d1499a3f
 def encode_crops(tok: BitVAE, images: Source, count: int, sizes: Sequence[int], seed: int) -> Iterator[list]:
-    "Encode random crops in batches of 8 of equal size and yield their token maps, as arrays."
-    files, rng, rule = image_files(images), np.random.default_rng(seed), CropRule(max_zoom=3, upscale=True)
+    "Encode random crops in batches of 8 of equal size and yield their token maps; skip unreadable images."
+    rule = CropRule(max_zoom=3, upscale=True)
+    crops = RandomCrops(image_files(images), CropPlan(max(sizes), 8, seed), rule)
     for n in range(-(-count // 8)):
-        size = sizes[n % len(sizes)]
-        crops = [random_crop(files[rng.integers(len(files))], size, rng, rule) for _ in range(8)]
-        yield [plane.numpy() for plane in tok.encode(torch.stack(crops))]
+        x = [crops.crop(8 * n + i, sizes[n % len(sizes)]).x for i in range(8)]
+        yield [plane.cpu().numpy() for plane in tok.encode(torch.stack(x))]
 
 # %% ../nbs/18_bitstream.ipynb #1ab25d95
 def fit_coder(

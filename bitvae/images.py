@@ -142,8 +142,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 @contextmanager
 def open_lazy(file: str | os.PathLike | ImageBytes) -> Iterator[Image.Image]:
     "Open an image without decoding it; raise `FileNotFoundError`, `PermissionError` or `ImageError`."
-    if not isinstance(file, str | os.PathLike | ImageBytes):
-        kinds = "a path, an open Pillow image, or ImageBytes(name, data)"
+    if not (isinstance(file, str | os.PathLike | ImageBytes) or hasattr(file, "read")):
+        kinds = "a path, an open file or Pillow image, or ImageBytes(name, data)"
         raise TypeError(f"an image is {kinds}, not {type(file).__name__}")
     file = Path(os.path.expanduser(file)) if isinstance(file, str) else file
     try:

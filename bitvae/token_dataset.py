@@ -12,6 +12,7 @@ __all__ = ['SHARD_VERSION', 'READERS', 'SHARD_FORMATS', 'Item', 'file_items', 't
 
 # %% ../nbs/19_token_dataset.ipynb #9a479b40
 import argparse
+import errno
 import hashlib
 import inspect
 import io
@@ -95,6 +96,8 @@ def load_item(item: Item, size: int) -> Item:
         image = open_image(item.image)
         return item._replace(image=center_crop(image, size), size=(image.height, image.width))
     except (ValueError, OSError, MemoryError) as e:
+        if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # not the image's fault
         return item._replace(image=e)
 
 # %% ../nbs/19_token_dataset.ipynb #8a40caa1
