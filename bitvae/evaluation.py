@@ -44,7 +44,7 @@ from .bits import Bits
 from .checkpoints import tokenizer_files, weights_dir
 from .data import Images, Source, fingerprint, image_files, read_items, reading
 from .images import ImageError, atomic_write, from_uint8, to_image, to_tensor, to_uint8
-from .launch import EXPECTED_ERRORS, rank_and_world, wait_for_all
+from .launch import EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .losses import EfficientNetDistance, lpips_distance
 from .metrics import (
     PROTOCOLS, EfficientNetFeatures, FeatureMoments, InceptionFeatures, Protocol, ScaleBitStats, count_bits,
@@ -680,7 +680,8 @@ def main(arguments: Sequence[str] | None = None) -> int:  # exit code
     parser = argparse.ArgumentParser("bitvae.evaluation", description="Evaluate a tokenizer.")
     add_evaluate_arguments(parser)
     try:
-        evaluate_from_args(parser.parse_args(arguments))
+        with plain_output():
+            evaluate_from_args(parser.parse_args(arguments))
     except EXPECTED_ERRORS as e:
         print(f"bitvae: {e}", file=sys.stderr)
         return 1

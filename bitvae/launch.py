@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAUNCHER', 'LAUNCHER_VARIABLES', 'EXPECTED_ERRORS', 'RESUME_HINT', 'BARRIERS', 'own_address', 'torchrun_command',
-           'drop_launcher_variables', 'launch_environment', 'Interrupted', 'ProcessesFailed', 'launch_error',
-           'handle_signals', 'run_processes', 'rank_and_world', 'reduce_mean', 'gather_objects', 'announce_group',
-           'torchrun_store', 'wait_for_all', 'exclusive_run', 'is_alive', 'StopSignals']
+           'drop_launcher_variables', 'launch_environment', 'Interrupted', 'plain_output', 'ProcessesFailed',
+           'launch_error', 'handle_signals', 'run_processes', 'rank_and_world', 'reduce_mean', 'gather_objects',
+           'announce_group', 'torchrun_store', 'wait_for_all', 'exclusive_run', 'is_alive', 'StopSignals']
 
 # %% ../nbs/12_launch.ipynb #7fc98361
 import datetime
@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,17 @@ RESUME_HINT = "rerun the same command to resume"
 
 class Interrupted(KeyboardInterrupt):
     "The run was stopped by a signal; the message says what is kept and how to resume."
+
+# %% ../nbs/12_launch.ipynb #99178a11
+@contextmanager
+def plain_output() -> Iterator[None]:
+    "Escape what the terminal cannot print, and print warnings as one line, while the block runs."
+    def show(message: Warning, *_: object) -> None: print(f"bitvae: warning: {message}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 # %% ../nbs/12_launch.ipynb #428a7a68
 class ProcessesFailed(RuntimeError):

@@ -46,8 +46,8 @@ from .data import DataError, Images, Shards, Source
 from .data import fingerprint, image_labels, open_source, shard_images
 from .entropy_coding import coder_for, load_coder, save_coder
 from .images import atomic_write, center_crop, ImageBytes, open_image, to_tensor
-from .kernels import optimize, retain_malloc_heap
-from .launch import exclusive_run, EXPECTED_ERRORS, rank_and_world, wait_for_all
+from .kernels import optimize, PRECISIONS, retain_malloc_heap
+from .launch import exclusive_run, EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .schedules import scale_schedule, Size
 from .tokenizer import BitVAE
 
@@ -338,6 +338,7 @@ def describe_job(tok: BitVAE, images: Images, labels: Sequence[str], **options) 
     "Return everything that determines the bytes of the shards."
     coder = coder_for(tok.fingerprint, tok.config.dim)
     job = {"version": SHARD_VERSION, "tokenizer": tok.fingerprint, "config": asdict(tok.config)}
+    job["precision"] = tok.precision
     job["pictures"] = fingerprint(images)
     job["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:16]
     job |= options | {"coder": coder.id if options["compress"] and not coder.adaptive else 0}
@@ -515,6 +516,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels", help="a file with one number per line, in the order of file names")
     add("--compress", action="store_true", help="entropy-code the bits: smaller, slower to read")
     add("--format", choices=SHARD_FORMATS, default="tar", help="of the shards")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the encoder: others flip some bits")
     add("--latents", action="store_true", help="also keep the latents, for exact teacher forcing after flips")
 
 # %% ../nbs/19_token_dataset.ipynb #85ee4eba
@@ -532,6 +534,7 @@ def tokenize_arguments(tokenizer: str | os.PathLike, **options) -> list[str]:
 def tokenize_from_args(args: argparse.Namespace) -> dict:
     "Tokenize as parsed arguments say, on this process's GPU if there is one; return the manifest."
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
+    tok.precision = args.precision
     if torch.cuda.is_available():
         tok = tok.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
     options = {k: v for k, v in vars(args).items() if k in inspect.signature(tokenize).parameters}
@@ -544,7 +547,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bitvae.token_dataset", description="Tokenize a data set.")
     add_tokenize_arguments(parser)
     try:
-        tokenize_from_args(parser.parse_args(arguments))
+        with plain_output():
+            tokenize_from_args(parser.parse_args(arguments))
         return 0
     except EXPECTED_ERRORS as e:
         print(f"bitvae: {e}", file=sys.stderr)

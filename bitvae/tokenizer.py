@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .autoencoder import Decoder, Encoder, group_norm
 from .bits import Bits, patch
-from .kernels import chunked_forward
+from .kernels import chunked_forward, network_precision
 from .quantizer import BitEdit, MultiScaleBSQ, Quantized, latent_from_bits, prefix_latents
 from .schedules import scale_schedule
 from .tiling import tiled_forward
@@ -103,6 +103,7 @@ class BitVAE(nn.Module):
         self.encoder = Encoder(c.dim, c.channels, c.encoder_multipliers, c.res_blocks, c.stride)
         self.quantizer = MultiScaleBSQ(c.dim, c.mode)
         self.decoder = Decoder(c.dim, c.channels, c.decoder_multipliers, c.res_blocks, c.stride)
+        self.precision = "float32"  # of the networks in `encode` and `decode`, one of `PRECISIONS`
 
     def forward(
         self,
@@ -157,7 +158,9 @@ def run_network(
     c = self.config  # the first level has the largest activation, at full resolution
     channels = c.channels * max(c.encoder_multipliers[0], c.decoder_multipliers[0])
     net = partial(tiled_forward, net, rows=rows) if rows else net
-    return chunked_forward(net, x.to(self.dtype), activation_bytes=pixels * channels * self.dtype.itemsize)
+    size = pixels * channels * self.dtype.itemsize
+    with network_precision(self.precision, self.device.type):
+        return chunked_forward(net, x.to(self.dtype), activation_bytes=size).to(self.dtype)
 
 # %% ../nbs/05_tokenizer.ipynb #9df52ddd
 @patch

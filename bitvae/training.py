@@ -42,7 +42,7 @@ from .data import as_tuple, crop_loader, image_files, open_source, reading
 from .images import ImageError, held_out_photographs, load_image, save_image
 from .kernels import checkpoint_activations, optimize
 from .launch import EXPECTED_ERRORS, RESUME_HINT, Interrupted, StopSignals, announce_group
-from .launch import gather_objects, rank_and_world, reduce_mean
+from .launch import gather_objects, plain_output, rank_and_world, reduce_mean
 from .losses import Distance, PatchDiscriminator
 from .losses import discriminator_loss, generator_loss, perceptual_distance
 from .recipes import RECIPES, TrainConfig, estimate_cost, lr_multiplier, parse_setting, recipe
@@ -662,7 +662,8 @@ def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args
     add_train_arguments(parser)
     rank = f"rank {rank_and_world()[0]}: " if rank_and_world()[1] > 1 else ""
     try:
-        run(parser.parse_args(arguments))
+        with plain_output():
+            run(parser.parse_args(arguments))
     except (Interrupted, *EXPECTED_ERRORS) as e:
         print(f"bitvae: {rank}{e}", file=sys.stderr)
         return 130 if isinstance(e, Interrupted) else 1

@@ -310,12 +310,14 @@ def test_bad_input_is_named(tmp_path, capsys):
 
 
 def test_flat_image_has_an_infinite_psnr_in_any_number_of_processes(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
     for n in range(2):
-        Image.new("RGB", (64, 64), (10 * n, 20, 30)).save(tmp_path / f"{n}.png")
+        Image.new("RGB", (64, 64), (10 * n, 20, 30)).save(images / f"{n}.png")
     outputs = []
     for p in (1, 2):
         options = ("--resolutions", 32, "--folder", tmp_path / f"p{p}", "--processes", p)
-        result = bitvae("evaluate", "demo", "--images", tmp_path, *options)
+        result = bitvae("evaluate", "demo", "--images", images, *options)
         assert result.returncode == 0 and re.search(r"mean colour +inf", result.stdout), result.stderr[-2000:]
         outputs.append(result.stdout)
     assert outputs[0].replace("/p1/", "/p2/") == outputs[1]
