@@ -7,9 +7,10 @@ __all__ = ['Source', 'SHARD_NAME', 'DEFAULT_CROP_RULE', 'COMPRESSIONS', 'Member'
            'ImageFiles', 'read_list', 'image_suffixes', 'is_image', 'is_hidden', 'walk_images', 'image_files',
            'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'as_tuple', 'CropPlan', 'epoch_order',
            'ImageCache', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages', 'hub_images', 'Shards',
-           'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images', 'ShardCrops',
-           'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading', 'pack_crop', 'crop_loader',
-           'zoom_levels', 'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders', 'image_labels', 'write_list']
+           'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images', 'shuffle_images',
+           'ShardCrops', 'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading', 'pack_crop',
+           'crop_loader', 'zoom_levels', 'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders', 'image_labels',
+           'write_list']
 
 # %% ../nbs/08_data.ipynb #2d96b5d6
 import bz2
@@ -562,6 +563,23 @@ def shard_images(url: str) -> Iterator[ShardImage]:
                 why = "no image, and not beside one" if os.path.basename(key) else "hidden"
                 yield ShardImage(key, DataError(f"{url}/{listed}: {why}"))
 
+# %% ../nbs/08_data.ipynb #bbb39f73
+def shuffle_images(
+    images: Iterable[ImageBytes], rng: random.Random, count: int = 256, size: int = 256 << 20,
+) -> Iterator[ImageBytes]:  # fmt: skip
+    "Shuffle images by a buffer of at most `count` images and about `size` bytes."
+    buffer, used = [], 0
+    for image in images:
+        buffer.append(image)
+        used += len(image.data)
+        while len(buffer) > count or (used > size and len(buffer) > 1):
+            n = rng.randrange(len(buffer))
+            buffer[n], buffer[-1] = buffer[-1], buffer[n]
+            yield (image := buffer.pop())
+            used -= len(image.data)
+    rng.shuffle(buffer)
+    yield from buffer
+
 # %% ../nbs/08_data.ipynb #2bf13206
 @patch
 def stream(
@@ -571,7 +589,7 @@ def stream(
     buffer: int = 256,                   # images in the shuffle buffer
 ) -> Iterator[ImageBytes]:
     "Yield encoded images without end."
-    from webdataset import DataPipeline, ResampledShards, shuffle
+    from webdataset import ResampledShards
 
     def attempt(url: str) -> Iterator[ShardImage]:
         try:
@@ -592,7 +610,7 @@ def stream(
 
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = ResampledShards(self.urls, seed=number, worker_seed=lambda: 0, deterministic=True)
-    yield from DataPipeline(order, read, shuffle(buffer, rng=random.Random(number)))
+    yield from shuffle_images(read(order), random.Random(number), buffer)
 
 # %% ../nbs/08_data.ipynb #fbc3d7ff
 @dataclass(eq=False)
