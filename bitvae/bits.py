@@ -150,7 +150,9 @@ def to(self: Bits, device: torch.device | str) -> Bits:
 
 
 @patch
-def cpu(self: Bits) -> Bits: return self.to("cpu")  # fmt: skip
+def cpu(self: Bits) -> Bits:
+    "Return a copy on the CPU."
+    return self.to("cpu")
 
 
 @patch

@@ -558,9 +558,8 @@ def evaluate(
     wait_for_all()
     results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
     for (schedule, crop), group in group_protocols(protocols, mode).items():
-        place = parts and parts / f"{schedule}-{crop}"
-        settings = metrics, nets, codec_rates, chosen, {}, batch, workers, place, save_every
-        job = EvalJob(tok, files, group, *settings)
+        settings = metrics, nets, codec_rates, chosen, {}, batch, workers
+        job = EvalJob(tok, files, group, *settings, parts and parts / f"{schedule}-{crop}", save_every)
         digests = evaluate_group(job, results)
     if rank > 0:
         return {}
