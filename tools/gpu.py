@@ -8,6 +8,7 @@ recorded, and the next one runs. `--smoke` runs all of it at tiny sizes on a CPU
 
 import argparse
 import copy
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -451,6 +453,7 @@ def training_arm(change, compile_model=False):
             real, fake = disc(x), disc(y.detach())
         update(disc, optimizers[1], discriminator_loss(real.float(), fake.float())[0])
 
+    step.tok = tok
     return step
 
 
@@ -498,6 +501,30 @@ def section_h():
         else:
             time_training("h", name, training_arm(change, not args.smoke))
             free()
+
+
+def section_n():
+    "Deterministic training: the operations that are not, whether two runs agree, and the time."
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not deterministic
+        digests, times = [], []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                torch.manual_seed(0)
+                step = training_arm(fused)
+                times += [once(step) for _ in range(4)][1:]
+                weights = b"".join(p.detach().cpu().numpy().tobytes() for p in step.tok.parameters())
+                digests.append(hashlib.sha256(weights).hexdigest()[:12])
+                del step
+                free()
+        names = sorted({str(w.message).split(" does not")[0] for w in caught if "determin" in str(w.message)})
+        facts = {"equal": digests[0] == digests[1], "digest": digests[0]}
+        unstable = "; ".join(names) or "none"
+        row("n", f"deterministic={deterministic}", ms=statistics.median(times), **facts, unstable=unstable)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = True
 
 
 def free():
@@ -581,7 +608,8 @@ def section_f():
 
 
 SECTIONS = {"a": section_a, "o": section_o, "b": section_b, "p": section_p, "k": section_k, "c": section_c,
-            "f": section_f, "d": section_d, "e": section_e, "g": section_g, "h": section_h}  # fmt: skip
+            "f": section_f, "d": section_d, "e": section_e, "g": section_g, "h": section_h,
+            "n": section_n}  # fmt: skip
 
 
 def summary() -> str:
