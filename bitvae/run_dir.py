@@ -30,6 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+import bitvae
 from .bits import Bits
 from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
@@ -115,13 +116,14 @@ def git_commit() -> str | None:
 # %% ../nbs/11_run_dir.ipynb #4dac0a07
 def describe_run(config: TrainConfig, images: Images, accelerator) -> dict:  # an `accelerate.Accelerator`
     "Return the content of run.json: recipe, data, versions, commit, machine."
-    packages = ("bitvae", "torch", "torchvision", "numpy", "pillow", "accelerate")
+    packages = ("torch", "torchvision", "numpy", "pillow", "accelerate")
+    versions = {"python": platform.python_version(), "bitvae": bitvae.__version__}
     count = len(images) if hasattr(images, "__len__") else None
     device = accelerator.device
     return {
         "config": asdict(config),
         "images": {"count": count, "fingerprint": fingerprint(images)},
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
+        "versions": versions | {p: metadata.version(p) for p in packages},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": accelerator.num_processes,
