@@ -33,7 +33,7 @@ from torch import Tensor
 from .bits import Bits
 from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
-from .images import atomic_write, to_uint8
+from .images import atomic_write, DECODERS, to_uint8
 from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .tokenizer import BitVAE
@@ -121,6 +121,7 @@ def describe_run(config: TrainConfig, images: Images, accelerator) -> dict:  # a
     return {
         "config": asdict(config),
         "images": {"count": count, "fingerprint": fingerprint(images)},
+        **DECODERS["torchvision"],
         "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -187,7 +188,8 @@ def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
             before = []
             if has_run(run_dir):
                 old = read_run(run_dir)[1]
-                session = {k: old.get(k) for k in ("versions", "commit", "device", "processes", "threads")}
+                keys = ("decoder", "resizer", "versions", "commit", "device", "processes", "threads")
+                session = {k: old.get(k) for k in keys}
                 before = [*old.get("before", []), {"until": step, **session}]
             with atomic_write(run_dir / "run.json") as part:
                 part.write_text(json.dumps(record | {"before": before}, indent=1) + "\n")
