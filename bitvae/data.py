@@ -741,6 +741,8 @@ def crop_loader(
     indices = range(steps.start * plan.accumulate, steps.stop * plan.accumulate)
     streamed = isinstance(images, Shards)
     dataset = ShardCrops(images, plan, indices, rule) if streamed else RandomCrops(images, plan, rule)
+    import torchvision.io  # noqa: F401  before the workers start, which would import it one by one
+
     pinned = torch.device(device).type == "cuda"
     for crop in read_items(dataset, pack_crop, workers, None if streamed else indices, stopped):
         x = torch.from_numpy(crop.x)

@@ -133,6 +133,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     if (transposition := exif_transposition(image)) is not None:
         image = image.transpose(transposition)
+        image.info = {k: v for k, v in image.info.items() if k == "transparency"}  # upright from here on
     if image.mode.startswith("I") or image.mode == "F":
         image = from_16bit_grey(image)
     if image.has_transparency_data:
@@ -228,7 +229,7 @@ def load_image(
     image = open_image(file)
     return to_tensor(image if size is None else center_crop(image, size))
 
-# %% ../nbs/00_images.ipynb #c9abc7e3
+# %% ../nbs/00_images.ipynb #b904c15c
 DECODERS = {  # as records name them
     "pillow": {"decoder": "Pillow", "resizer": "Pillow, bicubic"},
     "torchvision": {"decoder": "torchvision; Pillow for reduced sizes and other files",
@@ -252,7 +253,7 @@ def read_pixels(
                 return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
         return np.asarray(to_rgb(image))
 
-# %% ../nbs/00_images.ipynb #09e923e4
+# %% ../nbs/00_images.ipynb #02641461
 def resize_pixels(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     "Resize pixels (H, W, 3), uint8, to another size (bicubic, antialiased)."
     x = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)

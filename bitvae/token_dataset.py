@@ -343,19 +343,24 @@ def write_shard(
     return record
 
 # %% ../nbs/19_token_dataset.ipynb #a961e2f7
-def describe_job(tok: BitVAE, images: Images, labels: Sequence[str], **options) -> dict:
-    "Return everything that determines the bytes of the shards."
+def describe_job(
+    tok: BitVAE, images: Images, labels: Sequence[str], decoder: str = "pillow", **options,
+) -> dict:  # fmt: skip
+    "Return everything that determines the bytes of the shards; raise `ValueError` for an unknown decoder."
+    if decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {decoder!r}: one of {', '.join(DECODERS)}")
     coder = coder_for(tok.fingerprint, tok.config.dim)
     job = {"version": SHARD_VERSION, "tokenizer": tok.fingerprint, "config": asdict(tok.config)}
     job["precision"] = tok.precision
     job["pictures"] = fingerprint(images)
     job["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:16]
+    job |= DECODERS[decoder]
     job |= options | {"coder": coder.id if options["compress"] and not coder.adaptive else 0}
     return json.loads(json.dumps(job))
 
 # %% ../nbs/19_token_dataset.ipynb #57d3775f
 def record_job(folder: Path, job: dict) -> None:
-    "Record the job of a folder, remove temporary files; raise `ValueError` if it holds other work."
+    "Record the job of a folder and its coder, remove temporary files; raise `ValueError` for other work."
     file = folder / "job.json"
     foreign = sorted(p for p in folder.glob("shard-*") if p.suffix in READERS)
     if foreign and not file.exists():
@@ -367,14 +372,14 @@ def record_job(folder: Path, job: dict) -> None:
         values = f"there {found.get(other[0])!r}, here {job[other[0]]!r}"
         raise ValueError(f"{folder} has shards with other {', '.join(other)} ({values}): use another folder")
     write_json(file, job)
+    if job.get("coder"):
+        save_coder(coder_for(job["tokenizer"], job["config"]["dim"]), folder / CODER_FILE)
 
 # %% ../nbs/19_token_dataset.ipynb #0bd8921a
-def check_options(shard_format: str, compress: bool, decoder: str = "pillow", **positive: int) -> None:
+def check_options(shard_format: str, compress: bool, **positive: int) -> None:
     "Raise `ValueError` for options that do not work together or are below 1."
     if shard_format not in SHARD_FORMATS:
         raise ValueError(f"unknown format {shard_format!r}: one of {', '.join(SHARD_FORMATS)}")
-    if decoder not in DECODERS:
-        raise ValueError(f"unknown decoder {decoder!r}: one of {', '.join(DECODERS)}")
     if compress and shard_format != "tar":
         raise ValueError(f"compressed bits do not fit {shard_format}'s rows of one length: use format 'tar'")
     if low := [f"{name} {value}" for name, value in positive.items() if value < 1]:
@@ -409,8 +414,7 @@ def tokenize(
     decoder: str = "pillow",    # as `load_image` reads; "torchvision": faster, flips some bits
 ) -> dict:  # the manifest; empty except in the first process
     "Tokenize a data set, alone or as one of several processes; raise as `open_source`, and `ValueError`."
-    positive = {"size": size, "per_shard": per_shard, "batch": batch, "workers": workers}
-    check_options(shard_format, compress, decoder, **positive)
+    check_options(shard_format, compress, size=size, per_shard=per_shard, batch=batch, workers=workers)
     folder = Path(folder)
     rank, world = rank_and_world()
     if tok.device.type == "cpu":
@@ -418,14 +422,12 @@ def tokenize(
     found = open_source(images)
     named = image_labels(found, labels)
     options = {"size": size, "per_shard": per_shard, "compress": compress, "form": shard_format}
-    job = describe_job(tok, found, named, **options, latents=latents, **DECODERS[decoder])
+    job = describe_job(tok, found, named, decoder, **options, latents=latents)
     plan = plan_shards(found, named, per_shard)
     shards = [folder / f"shard-{i:06d}.{shard_format}" for i in range(len(plan))]
     with exclusive_run(folder) if rank == 0 else nullcontext():
         if rank == 0:
             record_job(folder, job)
-            if job["coder"]:
-                save_coder(coder_for(tok.fingerprint, tok.config.dim), folder / CODER_FILE)
         wait_for_all()
         mine = range(rank, len(plan), world)
         todo = [i for i in mine if not (shards[i].exists() and shards[i].with_suffix(".json").exists())]
