@@ -34,7 +34,7 @@ import bitvae
 from .bits import Bits
 from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
-from .images import atomic_write, to_uint8
+from .images import atomic_write, DECODERS, to_uint8
 from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .tokenizer import BitVAE
@@ -123,6 +123,7 @@ def describe_run(config: TrainConfig, images: Images, accelerator) -> dict:  # a
     return {
         "config": asdict(config),
         "images": {"count": count, "fingerprint": fingerprint(images)},
+        **DECODERS["torchvision"],
         "versions": versions | {p: metadata.version(p) for p in packages},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -189,7 +190,8 @@ def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
             before = []
             if has_run(run_dir):
                 old = read_run(run_dir)[1]
-                session = {k: old.get(k) for k in ("versions", "commit", "device", "processes", "threads")}
+                keys = ("decoder", "resizer", "versions", "commit", "device", "processes", "threads")
+                session = {k: old.get(k) for k in keys}
                 before = [*old.get("before", []), {"until": step, **session}]
             with atomic_write(run_dir / "run.json") as part:
                 part.write_text(json.dumps(record | {"before": before}, indent=1) + "\n")
