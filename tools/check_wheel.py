@@ -1,4 +1,4 @@
-"""Build the wheel, install it in a fresh environment with its core dependencies, and use it as a new user does:
+"""Build the wheel, install it with its core dependencies in a fresh environment, and use it as new users do:
 
     python tools/check_wheel.py [--keep FOLDER]
 
@@ -78,7 +78,7 @@ def use(bin_folder: Path, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("--keep", type=Path, help="folder of the environment; kept, and used again")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
