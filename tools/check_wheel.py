@@ -41,8 +41,9 @@ def run(*command: str | Path, **options) -> None:
 
 
 def readme_examples() -> list[str]:
-    "Return README's Python examples; what needs an optional package is in none of them."
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    "Return README's Python examples, without those of the section about optional packages."
+    text = re.sub(r"(?ms)^## With other libraries.*?(?=^## )", "", (ROOT / "README.md").read_text())
+    return re.findall(r"(?ms)^```python\n(.*?)^```", text)
 
 
 def install(folder: Path) -> Path:
