@@ -10,6 +10,7 @@ import pytest
 from children import ROOT
 
 pytestmark = pytest.mark.slow
+LOADED = (".js", ".css", ".png", ".svg", ".woff2")
 
 
 class Page(HTMLParser):
@@ -29,19 +30,8 @@ class Page(HTMLParser):
                 self.links.append(attributes[name])
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    pytest.importorskip("mkdocs", reason="needs the extra docs")
-    pytest.importorskip("material", reason="needs the extra docs")
-    folder = tmp_path_factory.mktemp("docs") / "site"
-    line = [sys.executable, ROOT / "tools" / "docs.py", "--out", folder]
-    run = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return folder
-
-
-def test_every_internal_link_leads_somewhere(site):
-    pages = {file.resolve(): Page(file) for file in site.rglob("*.html")}
+def broken_links(site, pages):
+    "Return the links inside the site that lead nowhere."
     broken = []
     for file, page in pages.items():
         for link in page.links:
@@ -49,29 +39,31 @@ def test_every_internal_link_leads_somewhere(site):
             if target.startswith(("http:", "https:", "mailto:", "data:")) or file.name == "404.html":
                 continue
             other = (file.parent / unquote(target)).resolve() if target else file
-            if not other.exists():
+            if not other.exists() or anchor and other in pages and unquote(anchor) not in pages[other].places:
                 broken.append(f"{file.relative_to(site)}: {link}")
-            elif anchor and other in pages and unquote(anchor) not in pages[other].places:
-                broken.append(f"{file.relative_to(site)}: {link}")
-    assert not broken, broken
+    return broken
+
+
+def test_site(tmp_path):
+    "One test, so that parallel runs build the site once."
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    pytest.importorskip("material", reason="needs the extra docs")
+    site = (tmp_path / "site").resolve()
+    line = [sys.executable, ROOT / "tools" / "docs.py", "--out", site]
+    run = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    pages = {file: Page(file) for file in site.rglob("*.html")}
+    assert not broken_links(site, pages)
     assert all(page.headings == 1 for file, page in pages.items() if file.name != "404.html")
+    files = {link for page in pages.values() for link in page.links if link.endswith(LOADED)}
+    assert not [file for file in files if file.startswith("http")]  # nothing is loaded from elsewhere
 
-
-def test_every_notebook_module_and_term_has_its_place(site):
     notebooks = [file.relative_to(ROOT / "nbs") for file in (ROOT / "nbs").rglob("*.ipynb")]
-    notebooks = [file for file in notebooks if ".ipynb_checkpoints" not in file.parts]
     for file in notebooks:
-        if file.name != "index.ipynb":
-            assert (site / "notebooks" / file.with_suffix(".html")).exists(), file
+        if ".ipynb_checkpoints" not in file.parts and file.name != "index.ipynb":
+            assert site / "notebooks" / file.with_suffix(".html") in pages, file
     for module in (ROOT / "bitvae").glob("[a-z]*.py"):
-        assert (site / "api" / f"bitvae.{module.stem}.html").exists(), module
+        assert site / "api" / f"bitvae.{module.stem}.html" in pages, module
     assert "token map" in (site / "glossary.html").read_text()
     assert (site / "index.html").read_text().count("<img") > 8
     assert (site / "search" / "search_index.json").stat().st_size > 100_000
-
-
-def test_no_page_asks_another_host(site):
-    "Fonts, styles and scripts come with the site."
-    for file in site.rglob("*.html"):
-        links = [link for link in Page(file).links if link.endswith((".js", ".css", ".png", ".woff2"))]
-        assert not [link for link in links if link.startswith("http")], file
