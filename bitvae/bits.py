@@ -108,7 +108,7 @@ def cat_bits(batches: Sequence[Bits]) -> Bits:
     planes = [torch.cat(scale) for scale in zip(*batches, strict=True)]
     return replace(batches[0], planes=planes, tokenizer=names.pop() if len(names) == 1 else None)
 
-
+# %% ../nbs/02_bits.ipynb #7f994ba6
 def stack_bits(images: Sequence[Bits]) -> Bits:
     "Join single images to a batch; raise `BitsError` for batches, and as `Bits.cat`."
     images = list(images)
@@ -148,19 +148,19 @@ def to(self: Bits, device: torch.device | str) -> Bits:
     planes = tuple(part.reshape(p.shape).contiguous() for part, p in zip(parts, self, strict=True))
     return replace(self, planes=planes)
 
-
+# %% ../nbs/02_bits.ipynb #27003057
 @patch
 def cpu(self: Bits) -> Bits:
     "Return a copy on the CPU."
     return self.to("cpu")
 
-
+# %% ../nbs/02_bits.ipynb #bb2b44c5
 @patch
 def cuda(self: Bits, device: int | None = None) -> Bits:
     "Return a copy on a CUDA device, by default the current one."
     return self.to("cuda" if device is None else f"cuda:{device}")
 
-
+# %% ../nbs/02_bits.ipynb #a009dc5f
 @patch
 def pin_memory(self: Bits) -> Bits:
     "Return a copy in pinned memory; a `DataLoader` with `pin_memory=True` calls it."
@@ -175,7 +175,7 @@ def bits_to_indices(
         raise BitsError(f"an index holds 1 to 62 bits per token, got {d}: use the bits themselves")
     return (bits.long() << torch.arange(d - 1, -1, -1, device=bits.device)).sum(-1)
 
-
+# %% ../nbs/02_bits.ipynb #76ee1ce5
 def indices_to_bits(
     indices: Tensor,  # integers (...)
     dim: int,         # bits per token, d
@@ -193,7 +193,7 @@ def indices(self: Bits) -> tuple[Tensor, ...]:  # int64 (B, h_k, w_k) per scale
     "Return the token maps as integers, see `bits_to_indices`."
     return tuple(map(bits_to_indices, self))
 
-
+# %% ../nbs/02_bits.ipynb #c35e6f6b
 def bits_from_indices(
     indices: Sequence[Tensor],  # integers (B, h_k, w_k) of the first scales
     dim: int,                   # bits per token, d

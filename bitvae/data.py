@@ -103,12 +103,12 @@ def image_suffixes() -> set[str]:
     suffixes = Image.registered_extensions()
     return {suffix for suffix, name in suffixes.items() if name in {*Image.OPEN} - recognized}
 
-
+# %% ../nbs/08_data.ipynb #c4a4e342
 def is_image(name: str) -> bool:
     "Tell whether a file name has the ending of an image, in capitals or not."
     return Path(name).suffix.lower() in image_suffixes()
 
-
+# %% ../nbs/08_data.ipynb #18d8c42f
 def is_hidden(name: str) -> bool:
     "Tell whether a file or folder belongs to a program or an operating system."
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
@@ -523,7 +523,7 @@ class ShardImage(NamedTuple):
     image: ImageBytes | DataError
     label: bytes = b""
 
-
+# %% ../nbs/08_data.ipynb #27c4a782
 def read_member(url: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     "Read a member, following links inside the archive; raise `DataError` for a link to anything else."
     try:
@@ -727,7 +727,7 @@ def pack_crop(crop: Crop) -> Crop:
     "Convert a batch to a uint8 array."
     return crop._replace(x=to_uint8(crop.x).numpy())
 
-
+# %% ../nbs/08_data.ipynb #74b45777
 def crop_loader(
     images: Images,
     plan: CropPlan,
@@ -891,7 +891,7 @@ def labels(self: ImageFiles) -> list[str]:  # one per image; empty for none
         labels.append(numbers[parts[0]] if parts else origin if isinstance(origin, str) else "")
     return labels
 
-
+# %% ../nbs/08_data.ipynb #3757ce8f
 def class_folders(folder: Path) -> list[str]:
     "Return the names of the folders in a folder, and of links to folders that are gone."
     paths = [path for path in folder.iterdir() if not is_hidden(path.name)]

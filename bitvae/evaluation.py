@@ -508,6 +508,7 @@ def use_schedule(tok: BitVAE, mode: str) -> Iterator[None]:
 # %% ../nbs/14_evaluation.ipynb #c2f835a6
 def evaluate_group(job: EvalJob, results: dict) -> dict[int, str]:
     "Add the job's results, in the first process; return index -> pixel digest; raise `ImageError` if empty."
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one size
     if job.folder:
         job.folder.mkdir(exist_ok=True)
     job.references = load_references(job)
@@ -548,7 +549,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 def collect_warnings(
     names: Sequence[str], digests: Sequence[str], nets: Mapping, unreadable: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
-    "Return warnings about unreadable and duplicate images and Frechet distances of few images."
+    "Warn of unreadable and duplicate images and Frechet distances of few images."
     first, count = {}, len(names)
     total, reasons = count + len(unreadable), "; ".join(unreadable[:3]) + "; ..." * (len(unreadable) > 3)
     left_out = [f"{len(unreadable)} of {total} images cannot be read and are left out: {reasons}"]
@@ -556,7 +557,10 @@ def collect_warnings(
     duplicates = [f"{len(copies)} of {count} images duplicate the pixels of another one ({names[i]} those of "
                   f"{names[j]}) and count twice" for i, j in copies[:1]]
     few = [frechet_warning(count, net.dim) for net in nets.values() if hasattr(net, "dim")]
-    return left_out * bool(unreadable) + duplicates + list(dict.fromkeys(filter(None, few)))
+    texts = left_out * bool(unreadable) + duplicates + list(dict.fromkeys(filter(None, few)))
+    for text in texts:
+        warnings.warn(text, stacklevel=3)
+    return texts
 
 # %% ../nbs/14_evaluation.ipynb #83fe10ec
 def evaluate(
@@ -583,7 +587,6 @@ def evaluate(
     results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),
                "prefixes": prefixes, "precision": tok.precision}
-    torch.backends.cudnn.benchmark = True  # all batches but the last have one size
     parts = folder and Path(os.path.expanduser(folder)) / "parts"
     hashes = {str(p): protocol_hash(p) for p in protocols}
     if parts and rank == 0:
@@ -591,16 +594,15 @@ def evaluate(
     wait_for_all()
     results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
     for (schedule, crop), group in group_protocols(protocols, mode).items():
-        settings = metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers
-        job = EvalJob(tok, files, group, *settings, parts and parts / f"{schedule}-{crop}", save_every)
+        place = parts and parts / f"{schedule}-{crop}"
+        job = EvalJob(tok, files, group, metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers,
+                      place, save_every)  # fmt: skip
         digests = evaluate_group(job, results)
     if rank > 0:
         return {}
     results["libraries"] = {m: f"{LIBRARIES[m]} {importlib.metadata.version(LIBRARIES[m])}" for m in metrics}
     names, unreadable = [str(files[i]) for i in digests], list(results["unreadable"].values())
     results["warnings"] = collect_warnings(names, list(digests.values()), nets, unreadable)
-    for text in results["warnings"]:
-        warnings.warn(text, stacklevel=2)
     return json.loads(json.dumps(results))
 
 # %% ../nbs/14_evaluation.ipynb #7a4b7cdc

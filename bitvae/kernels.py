@@ -66,7 +66,7 @@ def runs_fused(x: Tensor) -> bool:
         return True
     return forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None
 
-
+# %% ../nbs/91_kernels.ipynb #d659e018
 class FusedGroupNorm(nn.GroupNorm):
     "`nn.GroupNorm` of channels-last feature maps as a Triton operator, on request with SiLU."
     replaces = nn.GroupNorm
@@ -89,7 +89,7 @@ class LayerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, name: str) -> bool: return True
 
-
+# %% ../nbs/91_kernels.ipynb #825eb9f3
 def traced_steps(module: nn.Module) -> list[str]:
     "Return the calls in a module's `forward`; none if it cannot be traced."
     try:
@@ -98,7 +98,7 @@ def traced_steps(module: nn.Module) -> list[str]:
         return []
     return [f"{getattr(n.target, '__name__', n.target)}{n.args}" for n in nodes]
 
-
+# %% ../nbs/91_kernels.ipynb #a7a0becd
 def is_unchanged(layer: nn.Module, cls: type) -> bool:
     "Return whether a layer has this type, no hooks and no `forward` of its own."
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -109,7 +109,7 @@ def has_plain_bias(conv: nn.Module) -> bool:
     "Return whether a layer is an `nn.Conv2d` with a bias that can be added later."
     return is_unchanged(conv, nn.Conv2d) and conv.bias is not None
 
-
+# %% ../nbs/91_kernels.ipynb #188f7d91
 class FusedResnetBlock(ResnetBlock):
     "`ResnetBlock` with each GroupNorm and SiLU as one operator."
     replaces = ResnetBlock
