@@ -316,7 +316,8 @@ def private_kernel_manager(started: list) -> type:
             if os.name == "posix" and len(os.fsencode(address)) < 100:
                 self.transport, self.ip = "ipc", address
             folders = "IPYTHONDIR JUPYTER_CONFIG_DIR JUPYTER_DATA_DIR JUPYTER_RUNTIME_DIR".split()
-            homeless = os.path.expanduser("~") == "~"
+            home = os.path.expanduser("~")
+            homeless = home == "~" or not os.access(home, os.W_OK)
             env = dict.fromkeys(folders, self.sockets.name) if homeless else {}
             self.kernel_spec = KernelSpec(**get_kernel_dict(KERNEL_OPTIONS), env=env)
             started.append(self)
