@@ -317,7 +317,8 @@ def private_kernel_manager(started: list) -> type:
             if os.name == "posix" and len(os.fsencode(address)) < 100:
                 self.transport, self.ip = "ipc", address
             folders = "IPYTHONDIR JUPYTER_CONFIG_DIR JUPYTER_DATA_DIR JUPYTER_RUNTIME_DIR".split()
-            homeless = os.path.expanduser("~") == "~"
+            home = os.path.expanduser("~")
+            homeless = home == "~" or not os.access(home, os.W_OK)
             env = dict.fromkeys(folders, self.sockets.name) if homeless else {}
             self.kernel_spec = KernelSpec(**get_kernel_dict(KERNEL_OPTIONS), env=env)
             started.append(self)
@@ -377,6 +378,7 @@ def run_notebook(
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    notebook = os.path.expanduser(notebook)
     known = notebook_parameters(notebook)
     if unknown := [name for name in parameters if name not in known]:
         names = ", ".join(known) or "none"
@@ -385,7 +387,9 @@ def run_notebook(
     output, kernels = Path(os.path.expanduser(output)), []
     f"{notebook}\n{output}".encode()  # raises `UnicodeEncodeError`: papermill records both names
     output.parent.mkdir(parents=True, exist_ok=True)
-    running, failed = (staging_path(output).with_suffix(f".{end}.ipynb") for end in ("running", "failed"))
+    staging = staging_path(output)
+    stem = os.fsencode(staging.stem)[:230].decode(errors="ignore")  # a name has at most 255 bytes
+    running, failed = (staging.with_name(f"{stem}.{end}.ipynb") for end in ("running", "failed"))
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
     options |= {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:

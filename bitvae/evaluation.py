@@ -52,6 +52,7 @@ from .metrics import (
     crop_image, crop_key, describe_bit_stats, frechet_distance, frechet_warning, ms_ssim_of_levels, protocol,
     protocol_hash, psnr_of_levels, sample_indices, set_distances, ssim_of_levels, to_float64, to_levels,
     to_protocol_bytes)
+from .run_dir import serialize_state
 from .tokenizer import BitVAE
 
 # %% ../nbs/14_evaluation.ipynb #e16e3f0b
@@ -330,7 +331,7 @@ def load_safely(file: Path) -> object:
 def write_part(result: PartialResult, file: Path) -> None:
     "Write a partial result atomically."
     with atomic_write(file) as part:
-        torch.save(result, part)
+        part.write_bytes(serialize_state(result))
 
 # %% ../nbs/14_evaluation.ipynb #09eaa005
 def read_parts(folder: Path) -> Iterator[PartialResult]:
@@ -416,7 +417,7 @@ def load_references(job: EvalJob) -> dict[FeatureView, dict]:
                 warnings.warn(f"{file} is damaged ({type(e).__name__}) and made anew", stacklevel=2)
         if snapshot:
             with atomic_write(snapshot) as part:
-                torch.save(found, part)
+                part.write_bytes(serialize_state(found))
     wait_for_all()
     return load_safely(snapshot) if snapshot else found
 
@@ -437,7 +438,7 @@ def update_references(job: EvalJob, result: PartialResult) -> dict[FeatureView, 
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(file) as part:
-                    torch.save(references[view], part)
+                    part.write_bytes(serialize_state(references[view]))
             except OSError as e:
                 warnings.warn(f"cannot cache the features of the originals: {e}", stacklevel=2)
         elif references[view]["pixels"] != pixels:
@@ -660,7 +661,8 @@ def save_results(results: dict, file: str | os.PathLike) -> Path:
 # %% ../nbs/14_evaluation.ipynb #004ee5ec
 def read_results(file: str | os.PathLike) -> dict:
     "Read metrics.json, or the one in a folder; raise `FileNotFoundError`, or `ValueError` for other content."
-    file = Path(file) / "metrics.json" if Path(file).is_dir() else Path(file)
+    file = Path(os.path.expanduser(file))
+    file = file / "metrics.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no such results: {file}; bitvae evaluate --folder writes them")
     try:  # results hold infinity as "inf", which JSON has no number for

@@ -233,6 +233,8 @@ def is_alive(pid: int) -> bool:
 class StopSignals:
     "While active, record SIGINT and SIGTERM in `received` instead of ending the program."
 
+    is_waiting = False
+
     def __enter__(self):
         self.received = None
         self.parent = os.getppid()
@@ -242,6 +244,17 @@ class StopSignals:
     def receive(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, self.previous[number])
+        if self.is_waiting:
+            raise Interrupted(f"{self.received} while images were loaded, {RESUME_HINT}")
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        "Raise `Interrupted` on a signal during the block."
+        self.is_waiting = True
+        try:
+            yield
+        finally:
+            self.is_waiting = False
 
     def check(self) -> str | None:
         "Return the reason to stop, if there is one."

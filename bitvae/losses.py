@@ -108,7 +108,7 @@ TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}  # to
 def find_trunk(net: str, file: str | os.PathLike | None = None) -> Path:
     "Return the file of LPIPS's VGG or AlexNet weights; raise `FileNotFoundError` if there is none."
     folders = weights_dir(), Path(torch.hub.get_dir(), "checkpoints")  # the second is torchvision's
-    places = [Path(file)] if file else [folder / TRUNKS[net] for folder in folders]
+    places = [Path(os.path.expanduser(file))] if file else [folder / TRUNKS[net] for folder in folders]
     for place in places:
         if place.is_file():
             return place

@@ -22,12 +22,12 @@ import sys
 import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from itertools import islice
+from multiprocessing.pool import ThreadPool  # its threads end with the program, even if they are stuck
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ from .bits import Bits, BitsError
 from .bitstream import unpack_planes
 from .checkpoints import CODER_FILE
 from .data import DataError, Images, Shards, Source
-from .data import fingerprint, image_labels, open_source, shard_images
+from .data import fingerprint, image_labels, is_label, open_source, shard_images
 from .entropy_coding import coder_for, load_coder, save_coder
 from .images import atomic_write, center_crop, center_crop_pixels, DECODERS, ImageBytes, open_image
 from .images import read_pixels, to_tensor
@@ -77,8 +77,9 @@ def tar_items(url: str, prefix: str) -> Iterator[Item]:
     "Iterate over the images of a tar file; raise `DataError` for damage or a label that is no number."
     for n, (name, image, label) in enumerate(shard_images(url)):
         label = label.decode(errors="replace").strip()
-        if label and not label.isdigit():
-            raise DataError(f"{url}: {name}.cls holds {label[:40]!r}: class labels are integers from 0")
+        if label and not is_label(label):
+            wanted = "class labels are integers from 0 to 2^63 - 1"
+            raise DataError(f"{url}: {name}.cls holds {label[:40]!r}: {wanted}")
         yield Item(f"{prefix}{n:06d}", image, label, name)
 
 # %% ../nbs/19_token_dataset.ipynb #e93bfb72
@@ -113,12 +114,12 @@ def prefetch(
     def load_all() -> Iterator[Item]:
         pending = deque()
         for item in items:
-            pending.append(pool.submit(load_item, item, size, decoder))
+            pending.append(pool.apply_async(load_item, (item, size, decoder)))
             if len(pending) == 3 * batch:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+                yield pending.popleft().get()
+        yield from (result.get() for result in pending)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPool(workers) as pool:
         loaded = load_all()
         while group := list(islice(loaded, batch)):
             yield group
@@ -415,7 +416,7 @@ def tokenize(
 ) -> dict:  # the manifest; empty except in the first process
     "Tokenize a data set, alone or as one of several processes; raise as `open_source`, and `ValueError`."
     check_options(shard_format, compress, size=size, per_shard=per_shard, batch=batch, workers=workers)
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     rank, world = rank_and_world()
     if tok.device.type == "cpu":
         retain_malloc_heap()
@@ -443,8 +444,8 @@ def tokenize(
 # %% ../nbs/19_token_dataset.ipynb #c1961ce4
 def read_manifest(folder: str | os.PathLike) -> dict:
     "Return the manifest of a data set; raise `FileNotFoundError` if incomplete, `ValueError` for damage."
-    file = Path(folder) / "manifest.json"
-    coder = Path(folder) / CODER_FILE
+    folder = Path(os.path.expanduser(folder))
+    file, coder = folder / "manifest.json", folder / CODER_FILE
     if not file.exists():
         raise FileNotFoundError(f"no {file}: no data set of bits, or not finished; rerun `bitvae tokenize`")
     try:
@@ -463,7 +464,7 @@ def verify_dataset(folder: str | os.PathLike) -> dict:  # the manifest
     manifest = read_manifest(folder)
     keys = set()
     for shard in manifest["shards"]:
-        file = Path(folder) / shard["name"]
+        file = Path(os.path.expanduser(folder)) / shard["name"]
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: tokenize again to write missing shards")
         if file_checksum(file) != shard["sha256"]:
@@ -485,7 +486,7 @@ class TokenDataset(Dataset):
     "The images of a folder of shards; raise `FileNotFoundError` or `ValueError` if there is no data set."
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.manifest = read_manifest(folder)
         self.positions = [(s["name"], n) for s in self.manifest["shards"] for n in range(s["count"])]
         self.indices = {}  # shard name -> its index

@@ -8,8 +8,8 @@ __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent
            'prepare_model', 'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes',
            'mean_parts', 'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
            'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops', 'remaining_crops',
-           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train', 'add_train_arguments',
-           'train_from_args', 'main', 'train_arguments']
+           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'next_crops', 'run_steps', 'train',
+           'add_train_arguments', 'train_from_args', 'main', 'train_arguments']
 
 # %% ../nbs/10_training.ipynb #7fc98361
 import argparse
@@ -572,18 +572,27 @@ def explain_errors(folder: Path) -> Iterator[None]:
         raise TrainingDiverged(f"{e}; {kept}. {remedy}") from None
 
 # %% ../nbs/10_training.ipynb #40335c5d
+def next_crops(crops: Iterator[Crop], count: int, stop: StopSignals) -> list[Crop]:
+    "Return the crops of one step; fewer if a signal arrives."
+    try:
+        with stop.waiting():
+            return list(itertools.islice(crops, count))
+    except Interrupted:
+        return []
+
+
 def run_steps(
     t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, recorder, folder: Path, on_step=None,
 ):  # fmt: skip
     "Train to the last step; raise `Interrupted` after the step in which a signal arrived."
     c, device = t.config, t.accelerator.device
-    passes = list(itertools.islice(crops, c.accumulate))
+    passes = next_crops(crops, c.accumulate, stop)
     while t.step < c.steps:
         if len(passes) < c.accumulate:
             raise Interrupted(f"{stop.received} before step {t.step + 1} of {c.steps}, {RESUME_HINT}")
         started = time.monotonic()
         parts, bits = train_step(t, [crop.x.to(device) for crop in passes])
-        following = list(itertools.islice(crops, c.accumulate))  # while the device computes
+        following = next_crops(crops, c.accumulate, stop)  # while the device computes
         parts, stopped, found = synchronize(t, parts, passes, stop)
         passes = following
         if on_step:
@@ -633,7 +642,8 @@ def train(
             stack.enter_context(open_run_dir(folder, record, t.step))
             recorder = Recorder(t, folder, stack.enter_context(MetricsLog(folder, t.step, wandb)), x)
         stop = stack.enter_context(StopSignals())
-        crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
+        with stop.waiting():
+            crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
         run_steps(t, crops, stop, unreadable, recorder, folder, on_step)
         if main:
             t.eval_model.save_pretrained(folder / "tokenizer")
