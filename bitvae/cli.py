@@ -152,8 +152,8 @@ def train_command(args: argparse.Namespace) -> None:
         print(f"trained: {train_from_args(args)}")
         return
     folder = args.folder or f"runs/{args.recipe}"
-    options = args.images, folder, args.resume, args.workers, args.validation, args.wandb
-    arguments = train_arguments(args.recipe, dict(args.set), *options)
+    options = args.images, folder, args.resume, args.workers, args.validation, args.log_with
+    arguments = train_arguments(args.recipe, dict(args.set), *options, args.project)
     run_processes(torchrun_command(args.processes, args.nodes, args.rendezvous) + arguments)
     print(f"trained: {Path(folder, 'tokenizer')}")
 

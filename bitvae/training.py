@@ -46,7 +46,8 @@ from .launch import gather_objects, plain_output, rank_and_world, reduce_mean
 from .losses import Distance, PatchDiscriminator
 from .losses import discriminator_loss, generator_loss, perceptual_distance
 from .recipes import RECIPES, TrainConfig, estimate_cost, lr_multiplier, parse_setting, recipe
-from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, decode_progression
+from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, check_trackers
+from .run_dir import decode_progression, start_trackers
 from .run_dir import describe_run, deserialize_state, has_run, newest_checkpoint, open_run_dir
 from .run_dir import prune_checkpoints, read_checkpoint, read_run, sample_grid, serialize_state
 from .run_dir import summarize_bits, write_checkpoint
@@ -598,17 +599,22 @@ def train(
     workers: int = 0,                    # loading processes per training process; 0: load in that process
     validation: Source | None = None,    # at most 8 images; None: four photographs of scikit-image
     perceptual: Distance | None = None,  # any callable, instead of the recipe's distance
-    wandb: str | None = None,            # project to log to on Weights & Biases
+    log_with: str | Sequence = (),       # Accelerate's trackers: names such as "tensorboard", or objects
+    project: str = "bitvae",             # under which the trackers file the run
     on_step: Callable[[Trainer, dict], None] | None = None,  # gets the trainer and the step's losses by name
 ) -> Path:  # the tokenizer's folder, for `BitVAE.from_pretrained`
     "Train; raise `RunExistsError`, `TrainingDiverged`, `Interrupted`, `CheckpointError`, or `DataError`."
     from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
 
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
+    log_with = [log_with] if isinstance(log_with, str) else [*log_with]
+    check_trackers(log_with)
     folder = Path(os.path.expanduser(folder))
     announce_group()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    logs = {"log_with": log_with or None, "project_config": ProjectConfiguration(logging_dir=folder / "events")}
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **logs)
     images, config, main = open_source(images), resolve_config(config, folder), accelerator.is_main_process
     x = validation_images(validation, min(as_tuple(config.size)))
     perceptual = perceptual or perceptual_distance(config.perceptual)
@@ -623,7 +629,8 @@ def train(
         stack.enter_context(explain_errors(folder))
         if main:
             stack.enter_context(open_run_dir(folder, record, t.step))
-            recorder = Recorder(t, folder, stack.enter_context(MetricsLog(folder, t.step, wandb)), x)
+            trackers = start_trackers(accelerator, folder, t.step, project, config) if log_with else ()
+            recorder = Recorder(t, folder, stack.enter_context(MetricsLog(folder, t.step, trackers)), x)
         stop = stack.enter_context(StopSignals())
         crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
         run_steps(t, crops, stop, unreadable, recorder, folder, on_step)
@@ -645,7 +652,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--folder", help="of the run; default: runs/RECIPE")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help=same_run)
     add("--workers", type=int, default=0, help="processes that load images, for each process that trains")
-    add("--wandb", metavar="PROJECT", help="also log to this project on Weights & Biases")
+    trackers = "also log to these trackers: tensorboard, wandb, mlflow, trackio, aim, comet_ml"
+    add("--log-with", nargs="+", default=[], metavar="TRACKER", help=trackers)
+    add("--project", default="bitvae", metavar="NAME", help="under which the trackers file the run")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help=override)
 
 # %% ../nbs/10_training.ipynb #220e136d
@@ -653,7 +662,8 @@ def train_from_args(args: argparse.Namespace) -> Path:
     "Train as the parsed arguments say."
     images = args.images if isinstance(args.images, str) or len(args.images) > 1 else args.images[0]
     config, folder = recipe(args.recipe, **dict(args.set)), args.folder or f"runs/{args.recipe}"
-    return train(config, images, folder, args.resume, args.workers, args.validation, wandb=args.wandb)
+    trackers = {"log_with": args.log_with, "project": args.project}
+    return train(config, images, folder, args.resume, args.workers, args.validation, **trackers)
 
 # %% ../nbs/10_training.ipynb #1cc3d37f
 def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args) -> int:  # exit code
@@ -672,13 +682,15 @@ def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args
 # %% ../nbs/10_training.ipynb #b83e82bc
 def train_arguments(
     recipe_name: str, overrides: Mapping[str, object], images: Source, folder: str | os.PathLike,
-    resume: bool = True, workers: int = 0, validation: Source | None = None, wandb: str | None = None,
+    resume: bool = True, workers: int = 0, validation: Source | None = None, log_with: Sequence[str] = (),
+    project: str = "bitvae",
 ) -> list[str]:  # fmt: skip
     "Return the command line for these arguments of `train`."
     recipe(recipe_name, **overrides)  # report a mistake here, not in every process
-    line = [recipe_name, "--folder", str(folder), "--workers", str(workers)]
+    check_trackers(log_with)
+    line = [recipe_name, "--folder", str(folder), "--workers", str(workers), "--project", project]
     line.append("--resume" if resume else "--no-resume")
-    for option, source in (("--images", images), ("--validation", validation), ("--wandb", wandb)):
+    for option, source in (("--images", images), ("--validation", validation), ("--log-with", log_with)):
         if source:
             line += [option, *map(str, [source] if isinstance(source, str | os.PathLike) else source)]
     return line + [a for name, value in overrides.items() for a in ("--set", f"{name}={json.dumps(value)}")]
