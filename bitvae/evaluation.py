@@ -6,14 +6,14 @@
 __all__ = ['THUMBNAILS', 'CODECS', 'LIBRARIES', 'METRICS', 'FeatureView', 'SET_METRICS', 'ORIGINALS', 'HIGHER_IS_BETTER',
            'METRIC_TITLES', 'PUBLISHED_RESULTS', 'thumbnail', 'codec_at_rate', 'iterate_prefixes', 'Reconstruction',
            'reconstructions', 'load_networks', 'EvalJob', 'score_images', 'feature_views', 'reference_view',
-           'all_views', 'image_features', 'PartialResult', 'add_features', 'add_batch', 'crop_batch', 'read_batches',
-           'load_safely', 'write_part', 'read_parts', 'assign_images', 'merge_parts', 'evaluate_pending',
-           'reference_files', 'load_references', 'sample_features', 'update_references', 'bootstrap_interval',
-           'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'evaluate_group', 'check_settings',
-           'collect_warnings', 'evaluate', 'protocol_rows', 'final_row', 'metric_names', 'results_table',
-           'save_results', 'read_results', 'add_evaluate_arguments', 'evaluate_arguments', 'evaluate_from_args', 'main',
-           'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results',
-           'published_table']
+           'all_views', 'image_features', 'PartialResult', 'add_features', 'check_finite', 'settle', 'add_batch',
+           'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts', 'assign_images', 'merge_parts',
+           'evaluate_pending', 'reference_files', 'load_references', 'sample_features', 'update_references',
+           'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'evaluate_group',
+           'check_settings', 'collect_warnings', 'evaluate', 'protocol_rows', 'final_row', 'metric_names',
+           'results_table', 'save_results', 'read_results', 'add_evaluate_arguments', 'evaluate_arguments',
+           'evaluate_from_args', 'main', 'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups',
+           'rank_results', 'published_table']
 
 # %% ../nbs/14_evaluation.ipynb #353c59f3
 import argparse
@@ -44,12 +44,14 @@ from .bits import Bits
 from .checkpoints import tokenizer_files, weights_dir
 from .data import Images, Source, fingerprint, image_files, read_items, reading
 from .images import ImageError, atomic_write, from_uint8, to_image, to_tensor, to_uint8
+from .kernels import PRECISIONS, optimize
 from .launch import EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .losses import EfficientNetDistance, lpips_distance
 from .metrics import (
     PROTOCOLS, EfficientNetFeatures, FeatureMoments, InceptionFeatures, Protocol, ScaleBitStats, count_bits,
-    crop_image, crop_key, describe_bit_stats, frechet_distance, frechet_warning, ms_ssim, protocol,
-    protocol_hash, psnr, sample_indices, set_distances, ssim, to_protocol_bytes)
+    crop_image, crop_key, describe_bit_stats, frechet_distance, frechet_warning, ms_ssim_of_levels, protocol,
+    protocol_hash, psnr_of_levels, sample_indices, set_distances, ssim_of_levels, to_float64, to_levels,
+    to_protocol_bytes)
 from .tokenizer import BitVAE
 
 # %% ../nbs/14_evaluation.ipynb #e16e3f0b
@@ -97,14 +99,17 @@ class Reconstruction:
     bits_per_pixel: list[float] | None = None  # of each image, where they differ
 
 # %% ../nbs/14_evaluation.ipynb #102c4d69
-def reconstructions(tok: BitVAE, x: Tensor, bits: Bits, rates: Sequence[float]) -> Iterator[Reconstruction]:
-    "Reconstruct images x (B, 3, H, W) as thumbnails, as files of these rates, and from all prefixes."
-    for n in THUMBNAILS:
+def reconstructions(
+    tok: BitVAE, x: Tensor, bits: Bits, rates: Sequence[float], prefixes: bool = True,
+) -> Iterator[Reconstruction]:  # fmt: skip
+    "Reconstruct images x (B, 3, H, W) as thumbnails, as files of these rates, from prefixes and all bits."
+    for n in THUMBNAILS if prefixes else ():
         yield Reconstruction(f"{n}x{n} thumbnail" if n > 1 else "mean colour", thumbnail(x, n))
     for codec, target in itertools.product(CODECS, rates):
         images, actual = zip(*(codec_at_rate(image, target, codec) for image in x), strict=True)
         yield Reconstruction(f"{codec} {target:g}", torch.stack(images).to(x), bits_per_pixel=list(actual))
-    for part, y in iterate_prefixes(tok, bits, clamp=False):
+    parts = iterate_prefixes(tok, bits, clamp=False) if prefixes else [(bits, tok.decode(bits, clamp=False))]
+    for part, y in parts:
         k, rate = len(part), {"bits": part.count, "bits_per_pixel": part.count / x[0, 0].numel()}
         info = {"scales": k, "last_scale": list(part.schedule[k - 1])} | rate
         yield Reconstruction(f"{k} scale{'s' * (k > 1)}", y, info)
@@ -147,6 +152,7 @@ class EvalJob:
     metrics: Sequence[str]                         # names in `METRICS`
     nets: Mapping[str, nn.Module] = field(default_factory=dict)  # from `load_networks`
     codec_rates: Sequence[float] = ()                    # bits per pixel of JPEG and WebP files to compare
+    prefixes: bool = True                          # evaluate every prefix, and thumbnails
     sample: set[int] = field(default_factory=set)  # images whose features are kept
     references: dict[FeatureView, dict] = field(default_factory=dict)  # features of the originals
     batch: int = 8
@@ -158,15 +164,18 @@ class EvalJob:
 def score_images(job: EvalJob, x: Tensor, y: Tensor, p: Protocol, cache: dict, features: dict) -> dict:
     "Return the scores (B,) of reconstructions y by metric; networks may use known `features` of x."
     shown, window = (p.clamp, p.rounding), (p.ssim_window, p.ssim_range)
-    work = {("psnr", *shown): psnr, ("ssim", *shown, *window): ssim, ("ms_ssim", *shown): ms_ssim}
-    work = {key: partial(metric, x, y, p) for key, metric in work.items() if key[0] in job.metrics}
-    z = y.clamp(-1, 1) if p.clamp else y
-    for name in (*(f"lpips_{net}" for net in p.lpips), "efficientnet"):
-        if name in job.nets:
-            work[name, p.clamp] = partial(job.nets[name], features.get(name, x), z)
+    pixels = {("psnr", *shown): psnr_of_levels, ("ssim", *shown, *window): partial(ssim_of_levels, p=p),
+              ("ms_ssim", *shown): ms_ssim_of_levels}  # fmt: skip
+    pixels = {key: metric for key, metric in pixels.items() if key[0] in job.metrics}
+    nets = [name for name in (*(f"lpips_{net}" for net in p.lpips), "efficientnet") if name in job.nets]
     with torch.inference_mode():
+        if pixels and ("levels", *shown) not in cache:
+            cache["levels", *shown] = to_levels(x, y, p)
+        work = {key: partial(metric, *cache["levels", *shown]) for key, metric in pixels.items()}
+        z = y.clamp(-1, 1) if p.clamp else y
+        work |= {(n, p.clamp): partial(job.nets[n], features.get(n, x), z) for n in nets}
         for key in work.keys() - cache.keys():
-            cache[key] = work[key]().flatten().double().cpu()
+            cache[key] = to_float64(work[key]().flatten())
     return {key[0]: cache[key] for key in work}
 
 # %% ../nbs/14_evaluation.ipynb #cbb9dd36
@@ -191,10 +200,10 @@ def all_views(job: EvalJob) -> dict[FeatureView, Protocol]:
 
 # %% ../nbs/14_evaluation.ipynb #6ea9d98e
 def image_features(job: EvalJob, y: Tensor, view: FeatureView, p: Protocol) -> Tensor:
-    "Compute the features (B, dim) of images (B, 3, H, W) under a view of this protocol, on the CPU."
+    "Compute the features (B, dim) of images (B, 3, H, W) under a view of this protocol."
     name, clamp, rounding = view
     with torch.inference_mode():
-        return job.nets[name](to_protocol_bytes(y, p) if rounding else y.clamp(-1, 1) if clamp else y).cpu()
+        return job.nets[name](to_protocol_bytes(y, p) if rounding else y.clamp(-1, 1) if clamp else y)
 
 # %% ../nbs/14_evaluation.ipynb #6b2cc7ef
 ORIGINALS = "photographs"  # row of the originals' features
@@ -212,6 +221,7 @@ class PartialResult:
     moments: dict[tuple, FeatureMoments] = field(default_factory=dict)  # by row, view
     features: dict[tuple, list[Tensor]] = field(default_factory=dict)   # by row, view; (n, dim) of the sample
     bit_stats: list[ScaleBitStats] = field(default_factory=list)        # by scale
+    unchecked: list[tuple] = field(default_factory=list)  # row, indices, whether each image is finite (B,)
 
     def merge(self, other: "PartialResult") -> None:
         "Add the results of other images."
@@ -240,22 +250,43 @@ def add_features(job: EvalJob, result: PartialResult, name: str, y: Tensor, indi
         if (name, view) not in result.moments:
             result.moments[name, view] = FeatureMoments(features.shape[1])
         result.moments[name, view].add(features)
-        sampled = features[[i in job.sample for i in indices]].clone()
+        sampled = features[[n for n, i in enumerate(indices) if i in job.sample]]
         result.features.setdefault((name, view), []).append(sampled)
 
 # %% ../nbs/14_evaluation.ipynb #fb6cc5e1
-def add_batch(job: EvalJob, result: PartialResult, x: Tensor, indices: Sequence[int]) -> None:
-    "Evaluate images (B, 3, H, W) of these files; raise `ValueError` if a reconstruction is not finite."
-    x = x.to(job.tok.device)
+def check_finite(job: EvalJob, result: PartialResult) -> None:
+    "Raise `ValueError` for reconstructions that are not finite."
+    for row, indices, finite in result.unchecked:
+        if bad := [str(job.files[i]) for i, ok in zip(indices, finite.tolist(), strict=True) if not ok]:
+            raise ValueError(f"the reconstruction of {', '.join(bad)} after {row} is not finite: "
+                             "the weights are damaged or overflow, load them again in float32")
+    result.unchecked.clear()
+
+# %% ../nbs/14_evaluation.ipynb #d1e50895
+def settle(job: EvalJob, result: PartialResult) -> PartialResult:
+    "Wait for the device, move everything to the CPU; raise `ValueError` for what is not finite."
+    check_finite(job, result)
+    for values in (*result.scores.values(), *result.features.values()):
+        values[:] = [torch.cat(values).cpu()]
+    for sums in (*result.moments.values(), *result.bit_stats):
+        sums.cpu()
+    return result
+
+# %% ../nbs/14_evaluation.ipynb #3f964cfc
+def add_batch(job: EvalJob, result: PartialResult, crops: Tensor, indices: Sequence[int]) -> None:
+    "Evaluate images, uint8 (B, 3, size, size), of these files; the results may still be on their way."
+    hashes = [hashlib.blake2b(image.tobytes(), digest_size=8) for image in crops.numpy()]
+    result.digests += [digest.hexdigest() for digest in hashes]
+    on_gpu = job.tok.device.type == "cuda"
+    x = from_uint8((crops.pin_memory() if on_gpu else crops).to(job.tok.device, non_blocking=True))
     bits = job.tok.encode(x)
+    check_finite(job, result)  # of the batches before, now that the device has finished them
     with torch.inference_mode():
         features = {n: f.features(x) for n, f in job.nets.items() if isinstance(f, EfficientNetDistance)}
     add_features(job, result, ORIGINALS, x, indices)
-    for row in reconstructions(job.tok, x, bits, job.codec_rates):
-        if bad := [str(job.files[i]) for i, y in zip(indices, row.y, strict=True) if not y.isfinite().all()]:
-            raise ValueError(f"the reconstruction of {', '.join(bad)} after {row.name} is not finite: "
-                             "the weights are damaged or overflow, load them again in float32")
+    for row in reconstructions(job.tok, x, bits, job.codec_rates, job.prefixes):
         result.info[row.name], cache = row.info, {}
+        result.unchecked.append((row.name, indices, row.y.isfinite().flatten(1).all(1)))
         for p in job.protocols:
             scores = score_images(job, x, row.y, p, cache, features)
             if row.bits_per_pixel:
@@ -266,8 +297,6 @@ def add_batch(job: EvalJob, result: PartialResult, x: Tensor, indices: Sequence[
             add_features(job, result, row.name, row.y, indices)
     count_bits(result.bit_stats, bits)
     result.indices += indices
-    pixels = to_uint8(x).cpu().numpy()
-    result.digests += [hashlib.blake2b(image.tobytes(), digest_size=8).hexdigest() for image in pixels]
 
 # %% ../nbs/14_evaluation.ipynb #fe42a20e
 def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[dict, dict[int, str]]:
@@ -282,12 +311,11 @@ def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[dict, di
 
 # %% ../nbs/14_evaluation.ipynb #52beffc0
 def read_batches(job: EvalJob, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-    "Read these images: yield indices, crops (B, 3, size, size), reasons; raise `FileNotFoundError`."
+    "Read these images: yield indices, uint8 crops (B, 3, size, size), reasons; raise `FileNotFoundError`."
     groups = [list(indices[i : i + job.batch]) for i in range(0, len(indices), job.batch)]
     convert = partial(crop_batch, files=job.files, p=job.protocols[0])
     for crops, unreadable in read_items(groups, convert, job.workers):
-        x = [torch.from_numpy(x) for x in crops.values()]
-        yield list(crops), from_uint8(torch.cat(x).to(job.tok.device)) if x else None, unreadable
+        yield list(crops), torch.from_numpy(np.concatenate([*crops.values()])) if crops else None, unreadable
 
 # %% ../nbs/14_evaluation.ipynb #f37a2b90
 def load_safely(file: Path) -> object:
@@ -297,9 +325,7 @@ def load_safely(file: Path) -> object:
 
 # %% ../nbs/14_evaluation.ipynb #0916315a
 def write_part(result: PartialResult, file: Path) -> None:
-    "Write a partial result atomically, one tensor instead of one per batch."
-    for values in (*result.scores.values(), *result.features.values()):
-        values[:] = [torch.cat(values)]
+    "Write a partial result atomically."
     with atomic_write(file) as part:
         torch.save(result, part)
 
@@ -341,18 +367,19 @@ def evaluate_pending(job: EvalJob) -> PartialResult | None:
     result, interval, start = PartialResult(), job.save_every, time.monotonic()
     saved, total = start, len(indices)
     with reading(read_batches(job, indices)) as batches:
-        for group, x, unreadable in batches:
+        for group, crops, unreadable in batches:
             result.unreadable |= unreadable
             if group:
-                add_batch(job, result, x, group)
+                add_batch(job, result, crops, group)
             now, done = time.monotonic(), len(result.indices) + len(result.unreadable)
             before = done - len(group) - len(unreadable)
             if rank == 0 and now - start > 60 and 20 * done // total > 20 * before // total:
                 print(f"evaluated {done} of {total} images", flush=True)
             if job.folder and now - saved >= interval:
-                write_part(result, file)
+                write_part(settle(job, result), file)
                 saved = time.monotonic()
                 interval = max(job.save_every, 20 * (saved - now))
+    settle(job, result)
     if not job.folder:
         return result
     if indices:
@@ -537,12 +564,13 @@ def evaluate(
     batch: int = 8,               # images at a time; changes no number
     workers: int = 0,             # processes that read images
     codec_rates: Sequence[float] = (),  # bits per pixel of JPEG and WebP files to compare
+    prefixes: bool = True,        # evaluate every prefix of the scales, and thumbnails
     folder: str | os.PathLike | None = None,  # for resuming; required by several processes
     sample: int = 2000,           # images whose features are kept, for KID, precision and recall
     networks: Mapping[str, nn.Module] | None = None,  # replacements by name, see `load_networks`
     save_every: float = 60.0,     # seconds between partial results
 ) -> dict:  # plain data for JSON; empty in all processes but the first
-    "Evaluate a tokenizer after every scale; raise what `image_files` and `crop_image` do, or `ValueError`."
+    "Evaluate a tokenizer in its `precision`; raise what `image_files` and `crop_image` do, or `ValueError`."
     rank, world = rank_and_world()
     if world > 1 and not folder:
         raise ValueError("several processes need a folder for their partial results: pass one")
@@ -550,7 +578,9 @@ def evaluate(
     nets, chosen = load_networks(metrics, protocols, tok.device, networks), sample_indices(len(files), sample)
     weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
     results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
-               "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen)}
+               "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),
+               "prefixes": prefixes, "precision": tok.precision}
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one size
     parts = folder and Path(os.path.expanduser(folder)) / "parts"
     hashes = {str(p): protocol_hash(p) for p in protocols}
     if parts and rank == 0:
@@ -558,7 +588,7 @@ def evaluate(
     wait_for_all()
     results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
     for (schedule, crop), group in group_protocols(protocols, mode).items():
-        settings = metrics, nets, codec_rates, chosen, {}, batch, workers
+        settings = metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers
         job = EvalJob(tok, files, group, *settings, parts and parts / f"{schedule}-{crop}", save_every)
         digests = evaluate_group(job, results)
     if rank > 0:
@@ -648,6 +678,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metrics", nargs="+", default=["psnr", "ssim"], metavar="METRIC", help=f"of {', '.join(METRICS)}")
     rates = "bits per pixel of JPEG and WebP files to compare"
     add("--codec-rates", nargs="*", type=float, default=[], metavar="BITS", help=rates)
+    add("--prefixes", action=argparse.BooleanOptionalAction, default=True,
+        help="evaluate every prefix of the scales, and thumbnails; several times the work of all scales")
+    add("--precision", choices=PRECISIONS, default="float32", help="of encoder and decoder")
     add("--mode", help="schedule, if not the tokenizer's own")
     add("--batch", type=int, default=8, help="images at a time")
     add("--workers", type=int, default=0, help="processes that read images, for each one that evaluates")
@@ -656,9 +689,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 # %% ../nbs/14_evaluation.ipynb #55029249
 def evaluate_arguments(tokenizer: str | os.PathLike, **options) -> list[str]:
     "Return the command line for options of `add_evaluate_arguments`, without the empty ones."
-    given = {name: value for name, value in options.items() if value not in (None, "", [], ())}
-    lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
-    return [str(tokenizer), *(str(word) for name, words in lists.items() for word in (f"--{name}", *words))]
+    line = [str(tokenizer)]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value not in (None, "", [], ()):
+            line += [f"--{flag}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return line
 
 # %% ../nbs/14_evaluation.ipynb #9172906e
 def evaluate_from_args(args: argparse.Namespace) -> dict:
@@ -666,8 +704,11 @@ def evaluate_from_args(args: argparse.Namespace) -> dict:
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode)
     if torch.cuda.is_available():
         tok = tok.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
+    tok = optimize(tok)
+    tok.precision = args.precision
     protocols = [protocol(name, size=size) for size in args.resolutions for name in args.protocols]
-    options = {name: getattr(args, name) for name in ("metrics", "batch", "workers", "codec_rates", "folder")}
+    names = ("metrics", "batch", "workers", "codec_rates", "prefixes", "folder")
+    options = {name: getattr(args, name) for name in names}
     results = evaluate(tok, args.images, protocols, **options)
     if args.folder and results:
         save_results(results, Path(os.path.expanduser(args.folder)) / "metrics.json")

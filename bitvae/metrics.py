@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESIZES', 'LPIPS_NETS', 'INCEPTION_FILES', 'PROTOCOLS', 'Protocol', 'check_protocol', 'protocol', 'protocol_hash',
-           'crop_key', 'torchvision_crop', 'crop_image', 'to_protocol_bytes', 'check_pair', 'to_levels', 'psnr',
-           'window_means', 'ssim', 'ms_ssim', 'load_inception', 'InceptionFeatures', 'EfficientNetFeatures',
-           'FeatureMoments', 'frechet_distance', 'frechet_warning', 'sample_indices', 'set_distances', 'ScaleBitStats',
-           'describe_bit_stats', 'count_bits']
+           'crop_key', 'torchvision_crop', 'crop_image', 'to_protocol_bytes', 'check_pair', 'to_float64', 'to_levels',
+           'psnr_of_levels', 'psnr', 'window_means', 'ssim_of_levels', 'ssim', 'ms_ssim_of_levels', 'ms_ssim',
+           'load_inception', 'InceptionFeatures', 'EfficientNetFeatures', 'FeatureMoments', 'frechet_distance',
+           'frechet_warning', 'sample_indices', 'set_distances', 'ScaleBitStats', 'describe_bit_stats', 'count_bits']
 
 # %% ../nbs/13_metrics.ipynb #c2f1fbe8
 import hashlib
@@ -176,23 +176,30 @@ def check_pair(x: Tensor, y: Tensor) -> None:
         raise ValueError("images to compare contain NaN or infinity")
 
 # %% ../nbs/13_metrics.ipynb #cad47600
+def to_float64(t: Tensor) -> Tensor:
+    "Convert to float64, on the CPU where the device has none."
+    return (t.cpu() if t.device.type == "mps" else t).double()
+
+
 def to_levels(x: Tensor, y: Tensor, p: Protocol) -> tuple[Tensor, Tensor]:
     "Return images and reconstructions (B, 3, H, W) as the protocol compares them, float64 in [0, 1]."
-    check_pair(x, y)
-    a, b = (to_protocol_bytes(t, p) for t in (x, y))
-    if x.device.type == "mps":  # has no float64
-        a, b = a.cpu(), b.cpu()
-    return a.double() / 255, b.double() / 255
+    a, b = (to_float64(to_protocol_bytes(t, p)) for t in (x, y))
+    return a / 255, b / 255
 
 # %% ../nbs/13_metrics.ipynb #620314de
+def psnr_of_levels(a: Tensor, b: Tensor) -> Tensor:
+    "Return the PSNR (B,) in dB of levels in [0, 1]."
+    return -10 * (a - b).square().mean((1, 2, 3)).log10()
+
+
 def psnr(
     x: Tensor,  # images (B, 3, H, W) in [-1, 1]
     y: Tensor,  # reconstructions, the same shape
     p: Protocol = PROTOCOLS["clamped"],
-) -> Tensor:  # (B,), float64, dB, on the CPU; infinite for equal images
-    "Return the peak signal-to-noise ratio of each pair over all channels."
-    a, b = to_levels(x, y, p)
-    return (-10 * (a - b).square().mean((1, 2, 3)).log10()).cpu()
+) -> Tensor:  # (B,), float64, dB; infinite for equal images
+    "Return the peak signal-to-noise ratio of each pair over all channels; raise what `check_pair` does."
+    check_pair(x, y)
+    return psnr_of_levels(*to_levels(x, y, p))
 
 # %% ../nbs/13_metrics.ipynb #46ffe76d
 def window_means(
@@ -209,17 +216,12 @@ def window_means(
     return band(x.shape[-2]) @ x @ band(x.shape[-1]).mT
 
 # %% ../nbs/13_metrics.ipynb #f5c7c401
-def ssim(
-    x: Tensor,  # images (B, 3, H, W) in [-1, 1]
-    y: Tensor,  # reconstructions, the same shape
-    p: Protocol = PROTOCOLS["clamped"],
-) -> Tensor:  # (B,), float64, on the CPU; at most 1
-    "Return the structural similarity of each pair, the mean over channels; raise `ValueError` if too small."
+def ssim_of_levels(a: Tensor, b: Tensor, p: Protocol) -> Tensor:
+    "Return the SSIM (B,) of levels in [0, 1]; raise `ValueError` for images smaller than a window."
     side, offsets = p.ssim_window or 11, torch.arange(-5.0, 6, dtype=torch.float64)
     weights = torch.ones(side) if p.ssim_window else torch.exp(-(offsets**2) / (2 * 1.5**2))
-    if min(x.shape[-2:]) < side:
-        raise ValueError(f"SSIM needs windows of {side}x{side} pixels, the images are {tuple(x.shape[-2:])}")
-    a, b = to_levels(x, y, p)
+    if min(a.shape[-2:]) < side:
+        raise ValueError(f"SSIM needs windows of {side}x{side} pixels, the images are {tuple(a.shape[-2:])}")
     of = partial(window_means, weights=weights.double() / weights.sum())
     factor = side**2 / (side**2 - 1) if p.ssim_window else 1.0
     mean_a, mean_b = of(a), of(b)
@@ -227,20 +229,34 @@ def ssim(
     covariance, variances = factor * (of(a * b) - product), factor * (of(a * a + b * b) - squares)
     c1, c2 = (0.01 * p.ssim_range) ** 2, (0.03 * p.ssim_range) ** 2
     similarity = (2 * product + c1) / (squares + c1) * (2 * covariance + c2) / (variances + c2)
-    return similarity.mean((1, 2, 3)).cpu()
+    return similarity.mean((1, 2, 3))
+
+
+def ssim(
+    x: Tensor,  # images (B, 3, H, W) in [-1, 1]
+    y: Tensor,  # reconstructions, the same shape
+    p: Protocol = PROTOCOLS["clamped"],
+) -> Tensor:  # (B,), float64, at most 1
+    "Return the structural similarity of each pair, the mean over channels; raise `ValueError` if too small."
+    check_pair(x, y)
+    return ssim_of_levels(*to_levels(x, y, p), p)
 
 # %% ../nbs/13_metrics.ipynb #f202fab7
-def ms_ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:  # (B,), float64, at most 1
-    "Return the multi-scale SSIM of each pair (Wang et al. 2003; pytorch-msssim); see `psnr`."
+def ms_ssim_of_levels(a: Tensor, b: Tensor) -> Tensor:
+    "Return the MS-SSIM (B,) of levels in [0, 1]; raise `ImportError`, or `ValueError` for small images."
     try:
         from pytorch_msssim import ms_ssim as library_ms_ssim
     except ImportError as e:
         raise ImportError("MS-SSIM needs a small package: pip install pytorch-msssim") from e
+    if min(a.shape[-2:]) <= 160:
+        raise ValueError(f"MS-SSIM needs sides above 160 pixels, the images are {tuple(a.shape[-2:])}")
+    return library_ms_ssim(a, b, data_range=1, size_average=False)
+
+
+def ms_ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:  # (B,), float64, at most 1
+    "Return the multi-scale SSIM of each pair (Wang et al. 2003; pytorch-msssim); see `psnr`."
     check_pair(x, y)
-    if min(x.shape[-2:]) <= 160:
-        raise ValueError(f"MS-SSIM needs sides above 160 pixels, the images are {tuple(x.shape[-2:])}")
-    a, b = (to_protocol_bytes(t, p).double() for t in (x, y))
-    return library_ms_ssim(a, b, data_range=255, size_average=False).cpu()
+    return ms_ssim_of_levels(*to_levels(x, y, p))
 
 # %% ../nbs/13_metrics.ipynb #04e9bc15
 def load_inception(
@@ -315,19 +331,24 @@ class FeatureMoments:
         self.products = torch.zeros(dim, dim, dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
-        "Add a batch of features (B, dim); raise `ValueError` for NaN or infinity."
-        if not torch.isfinite(features).all():
-            raise ValueError("features contain NaN or infinity")
-        f = features.detach().cpu().double()
+        "Add a batch of features (B, dim), without waiting for their device."
+        f = to_float64(features.detach())
         self.count += len(f)
-        self.total = self.total + f.sum(0)
-        self.products.addmm_(f.T, f)
+        self.total = self.total.to(f.device) + f.sum(0)
+        self.products = self.products.to(f.device).addmm_(f.T, f)
 
     def merge(self, other: "FeatureMoments") -> None:
         "Add the sums of other images."
         self.count += other.count
         self.total = self.total + other.total
         self.products = self.products + other.products
+
+    def cpu(self) -> "FeatureMoments":
+        "Move the sums to the CPU; raise `ValueError` if a feature was NaN or infinite."
+        self.total, self.products = self.total.cpu(), self.products.cpu()
+        if not torch.isfinite(self.total).all():
+            raise ValueError("features contain NaN or infinity")
+        return self
 
     @property
     def mean(self) -> Tensor: return self.total / self.count
@@ -339,14 +360,14 @@ class FeatureMoments:
 
 # %% ../nbs/13_metrics.ipynb #919f6f73
 def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
-    "Return the Frechet distance of two feature sets (torch-fidelity); raise `ValueError` below 2 images."
+    "Return the Frechet distance (torch-fidelity); raise `ValueError` below 2 images, or for NaN."
     if min(a.count, b.count) < 2:
         raise ValueError(f"a Frechet distance needs 2 images on each side, got {a.count} and {b.count}")
     try:
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
     except ImportError as e:
         raise ImportError("a Frechet distance needs one more package: pip install torch-fidelity") from e
-    statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a, b)]
+    statistics = [{"mu": m.mean.numpy(), "sigma": m.covariance.numpy()} for m in (a.cpu(), b.cpu())]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 # %% ../nbs/13_metrics.ipynb #c55354c7
@@ -394,11 +415,17 @@ class ScaleBitStats:
 
     def add(self, token_map: Tensor) -> None:
         "Count a batch of token maps, bool (B, h_k, w_k, d)."
-        bits = token_map.flatten(0, -2).cpu()
-        self.tokens += len(bits)
-        self.joint += (bits.double().T @ bits.double()).long()
+        bits = token_map.flatten(0, -2)
+        ones, self.tokens = to_float64(bits), self.tokens + len(bits)
+        self.joint = self.joint.to(ones.device) + (ones.T @ ones).long()
         if len(self.seen):
-            self.seen[bits.long() @ 2 ** torch.arange(bits.shape[1])] = True
+            self.seen = self.seen.to(bits.device)
+            self.seen[(bits * 2 ** torch.arange(bits.shape[1], device=bits.device)).sum(1)] = True
+
+    def cpu(self) -> "ScaleBitStats":
+        "Move the counts to the CPU."
+        self.joint, self.seen = self.joint.cpu(), self.seen.cpu()
+        return self
 
     def merge(self, other: "ScaleBitStats") -> None:
         "Add the counts of other images."

@@ -81,6 +81,7 @@ class TrainConfig(LossConfig):
     activation_checkpointing: bool = False  # recompute residual blocks in the backward pass
     compile: bool = False              # torch.compile encoder and decoder
     cuda_graph: bool = False           # replay each step as a CUDA graph, for small networks on one GPU
+    deterministic: bool = False        # the same bits in every run on a GPU, slower; see `use_deterministic`
     seed: int = 0                      # of every random stream
     checkpoint_every: int = 5000       # steps
     keep_checkpoints: int = 3          # newest checkpoints to keep, besides the best
@@ -230,8 +231,8 @@ def parse_setting(text: str) -> tuple[str, object]:
         return name, value
 
 # %% ../nbs/09_recipes.ipynb #940536ac
-MUTABLE_FIELDS = ("max_unreadable", "activation_checkpointing", "compile", "cuda_graph", "checkpoint_every",
-                  "keep_checkpoints")  # fmt: skip
+MUTABLE_FIELDS = ("max_unreadable", "activation_checkpointing", "compile", "cuda_graph", "deterministic",
+                  "checkpoint_every", "keep_checkpoints")  # fmt: skip
 RENAMED_FIELDS = {  # old: new
     "start": "init_from", "start_norm": "init_latent_norm", "schedule": "train_mode", "decay": "lr_decay",
     "whole": "full_image_prob", "jitter": "color_jitter", "max_broken": "max_unreadable",

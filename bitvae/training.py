@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent_norm', 'resolve_config', 'init_tokenizer',
-           'adamw', 'set_lr', 'TrainingDiverged', 'optimizer_step', 'check_finite', 'prepare_model',
-           'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes', 'mean_parts',
-           'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
+           'adamw', 'set_lr', 'TrainingDiverged', 'optimizer_step', 'check_finite', 'use_deterministic',
+           'prepare_model', 'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes',
+           'mean_parts', 'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
            'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops', 'remaining_crops',
            'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train', 'add_train_arguments',
            'train_from_args', 'main', 'train_arguments']
@@ -127,6 +127,14 @@ def check_finite(parts: Mapping[str, float], step: int) -> None:
         values = ", ".join(f"{name} {parts[name]:.4g}" for name in ("loss", "grad_norm"))
         raise TrainingDiverged(f"step {step}: {values}")
 
+# %% ../nbs/10_training.ipynb #5c6cc94f
+def use_deterministic(enabled: bool) -> None:
+    "Use deterministic algorithms only, or the fastest one of each size; for this process."
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not enabled
+
 # %% ../nbs/10_training.ipynb #abb22fd8
 def prepare_model(tok: BitVAE, config: TrainConfig, device: torch.device) -> BitVAE:
     "Move, optimize, freeze, checkpoint and compile the tokenizer as the recipe says."
@@ -142,7 +150,7 @@ def prepare_model(tok: BitVAE, config: TrainConfig, device: torch.device) -> Bit
     if config.compile:
         tok.encoder.compile()
         tok.decoder.compile()
-    torch.backends.cudnn.benchmark = True  # each pass has one of few fixed sizes
+    use_deterministic(config.deterministic)
     return tok.train()
 
 # %% ../nbs/10_training.ipynb #7cc84bd6

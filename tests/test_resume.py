@@ -1,9 +1,13 @@
 """A run that is killed at any point resumes to identical weights, and damage is detected."""
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +145,28 @@ def test_a_run_killed_anywhere_resumes_to_the_same_state(tmp_path, expected):
 def test_a_run_killed_after_five_steps_resumes_to_twelve(tmp_path, expected):
     kill_at(tmp_path, start(tmp_path), 5)
     assert state(finish(tmp_path)) == expected
+
+
+def run_deterministically(folder):
+    "Train in a process of its own, on the GPU if there is one."
+    names = ("steps", "discriminator_start", "discriminator_channels", "train_mode", "ema")
+    settings = {name: getattr(EVERYTHING, name) for name in names}
+    settings |= {"precision": "bf16", "deterministic": True, "checkpoint_every": 6}
+    sets = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    line = [sys.executable, "-m", "bitvae.training", "smoke", "--folder", folder, *sets]
+    subprocess.run(line, check=True, capture_output=True)
+    return state(folder)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deterministic_runs_are_equal_and_resume_exactly_on_a_gpu(tmp_path):
+    first = run_deterministically(tmp_path / "a")
+    assert run_deterministically(tmp_path / "b") == first
+    *_, newest = list_checkpoints(tmp_path / "b" / "checkpoints")
+    shutil.rmtree(newest)
+    shutil.rmtree(tmp_path / "b" / "tokenizer")
+    assert run_deterministically(tmp_path / "b") == first
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing"])
