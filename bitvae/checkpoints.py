@@ -32,11 +32,12 @@ from torch import Tensor, nn
 
 from .autoencoder import Downsample, Upsample
 from .bits import patch
+from .config import BitVAEConfig, config_from_dict
 from .entropy_coding import coder_for, load_coder, save_coder
 from .images import atomic_write
 from .kernels import optimize as optimize_model
 from .schedules import scale_schedule
-from .tokenizer import BitVAE, BitVAEConfig, config_from_dict
+from .tokenizer import BitVAE
 
 # %% ../nbs/06_checkpoints.ipynb #e0c6e3a5
 def internal_name(published: str) -> str:
@@ -200,7 +201,7 @@ def tokenizer_files(tok: BitVAE) -> dict[str, bytes]:
     config = json.dumps(asdict(tok.config), indent=1) + "\n"
     return {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": config.encode()}
 
-# %% ../nbs/06_checkpoints.ipynb #0c373d01
+# %% ../nbs/06_checkpoints.ipynb #61e7e057
 def describe_tokenizer(tok: BitVAE) -> str:
     "Return configuration, parameter counts, bits per image and fingerprint as text."
     c = tok.config
@@ -213,7 +214,7 @@ def describe_tokenizer(tok: BitVAE) -> str:
         lines.append(f"{size}x{size}: {len(schedule)} scales, {bits:,} bits, {rate}")
     return "\n".join([*lines, f"fingerprint {tok.fingerprint}, in every file of its bits"])
 
-# %% ../nbs/06_checkpoints.ipynb #8ea0d26c
+# %% ../nbs/06_checkpoints.ipynb #2e428814
 def card_results(
     results: Mapping,  # of `bitvae.evaluation.evaluate`
 ) -> list[EvalResult]:
@@ -231,7 +232,7 @@ def card_results(
             found.append(EvalResult("image-to-image", task_name="reconstruction", **data, **metric))
     return found
 
-# %% ../nbs/06_checkpoints.ipynb #94c6226d
+# %% ../nbs/06_checkpoints.ipynb #cc4611e1
 CARD = """\
 Encodes an image of any size into scales of bits, coarse to fine, and decodes all scales or the first few
 (multi-scale binary spherical quantization, as in Infinity, arXiv:2412.04431).
@@ -245,7 +246,7 @@ save_image(tok.decode(bits), "reconstruction.png")
 ```"""
 TAGS = ("image-tokenizer", "multi-scale-bsq", "arxiv:2412.04431")
 
-# %% ../nbs/06_checkpoints.ipynb #e322c25a
+# %% ../nbs/06_checkpoints.ipynb #cee8ac3d
 def model_card(
     tok: BitVAE,
     results: Mapping | None = None,    # of `bitvae.evaluation.evaluate`
@@ -260,7 +261,8 @@ def model_card(
 
         weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
         if results["weights"] != weights:
-            raise ValueError(f"these results are of weights {results['weights']}, the tokenizer's are {weights}")
+            theirs = results["weights"]
+            raise ValueError(f"these results are of weights {theirs}, the tokenizer's are {weights}")
         found, count = card_results(results), f"{len(results['images'])} images"
         metrics = [*dict.fromkeys(result.metric_type for result in found)]
         metadata |= {"eval_results": found, "metrics": metrics, "model_name": name}
@@ -295,10 +297,10 @@ def save_pretrained(
         save_coder(coder, folder / CODER_FILE)
     return folder
 
-# %% ../nbs/06_checkpoints.ipynb #0b9ef786
+# %% ../nbs/06_checkpoints.ipynb #ef008fa6
 @contextmanager
 def explain_hub_errors(task: str, repo: str, revision: str | None = None) -> Iterator[None]:
-    "Replace the errors of the Hub's client by `PermissionError`, `FileNotFoundError` or `ConnectionError`."
+    "Replace errors of the Hub's client by `PermissionError`, `FileNotFoundError` or `ConnectionError`."
     page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
     login = "log in with `hf auth login` or pass a token"
     try:
@@ -316,7 +318,7 @@ def explain_hub_errors(task: str, repo: str, revision: str | None = None) -> Ite
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConnectionError(f"{task}: {reason}; check the network, or {login}") from e
 
-# %% ../nbs/06_checkpoints.ipynb #caa485dd
+# %% ../nbs/06_checkpoints.ipynb #37c6276a
 @patch
 def push_to_hub(
     self: BitVAE,
@@ -341,7 +343,7 @@ def push_to_hub(
             info = api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, **options)
     return info.commit_url
 
-# %% ../nbs/06_checkpoints.ipynb #462671fb
+# %% ../nbs/06_checkpoints.ipynb #c5ef111d
 def fetch_repository(
     repo: str,                            # "user/repo"
     revision: str | None = None,          # branch, tag or commit; None: main
@@ -351,18 +353,21 @@ def fetch_repository(
     "Download a tokenizer; raise `CheckpointError` for another library's, or what `explain_hub_errors` does."
     download = download or huggingface_hub.snapshot_download
     task = f"no local file or folder {repo!r}, and cannot download {repo} from the Hub"
-    with explain_hub_errors(task, repo, revision):
-        folder = Path(download(repo, revision=revision, token=token, allow_patterns=["config.json"]))
+    problem = f"{repo} on the Hub is no tokenizer of this library"
+
+    def fetch(revision: str | None, *names: str) -> Path:
+        with explain_hub_errors(task, repo, revision):
+            folder = Path(download(repo, revision=revision, token=token, allow_patterns=[*names]))
+        if not (folder / names[0]).exists():
+            raise CheckpointError(f"{problem}: it has no {names[0]}")
+        return folder
+
+    folder = fetch(revision, "config.json")
     try:
         config_from_dict(json.loads((folder / "config.json").read_bytes()))
-        with explain_hub_errors(task, repo, revision):
-            weights = ["model.safetensors", CODER_FILE]
-            folder = Path(download(repo, revision=folder.name, token=token, allow_patterns=weights))
-        (folder / "model.safetensors").stat()
-    except (ValueError, TypeError, FileNotFoundError) as e:
-        reason = f"it has no {Path(e.filename).name}" if isinstance(e, FileNotFoundError) and e.filename else e
-        raise CheckpointError(f"{repo} on the Hub is no tokenizer of this library: {reason}") from None
-    return folder
+    except (ValueError, TypeError) as e:
+        raise CheckpointError(f"{problem}: {e}") from None
+    return fetch(folder.name, "model.safetensors", CODER_FILE)
 
 # %% ../nbs/06_checkpoints.ipynb #e6c7842d
 def latest_in_run(folder: Path) -> Path:
@@ -370,7 +375,7 @@ def latest_in_run(folder: Path) -> Path:
     results = [*sorted(folder.glob("checkpoints/step-*")), folder / "tokenizer"]
     return next((path for path in reversed(results) if path.is_dir()), folder)
 
-# %% ../nbs/06_checkpoints.ipynb #9e522fb9
+# %% ../nbs/06_checkpoints.ipynb #3db3f85c
 REPOSITORY_NAME = re.compile(r"(?!.*\.(pth?|ckpt|bin|safetensors)$)\w[\w.-]*/\w[\w.-]*")  # and no file's name
 
 
@@ -384,8 +389,8 @@ def find_tokenizer(name: str, revision: str | None = None, token: str | bool | N
     if not path.exists() and name in RELEASED:
         return fetch_released(name)
     if not path.exists():
-        raise FileNotFoundError(f"no tokenizer {name!r}: give a checkpoint file, a folder, a repository user/repo "
-                                f"on the Hub, or one of demo, {', '.join(RELEASED)}")
+        raise FileNotFoundError(f"no tokenizer {name!r}: give a checkpoint file, a folder, a repository "
+                                f"user/repo on the Hub, or one of demo, {', '.join(RELEASED)}")
     return path
 
 # %% ../nbs/06_checkpoints.ipynb #8659acd6

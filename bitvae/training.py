@@ -8,8 +8,8 @@ __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent
            'prepare_model', 'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes',
            'mean_parts', 'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
            'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops', 'remaining_crops',
-           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train', 'add_train_arguments',
-           'train_from_args', 'main', 'train_arguments']
+           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train', 'train_from_args',
+           'main', 'train_arguments']
 
 # %% ../nbs/10_training.ipynb #7fc98361
 import argparse
@@ -37,6 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .bits import Bits, patch
 from .checkpoints import CheckpointError, internal_name, read_weights, tokenizer_files
+from .costs import estimate_cost
 from .data import Crop, CropPlan, CropRule, DataError, DeviceCrops, Images, Shards, Source
 from .data import as_tuple, crop_loader, image_files, open_source, reading
 from .images import ImageError, held_out_photographs, load_image, save_image
@@ -45,7 +46,7 @@ from .launch import EXPECTED_ERRORS, RESUME_HINT, Interrupted, StopSignals, anno
 from .launch import gather_objects, plain_output, rank_and_world, reduce_mean
 from .losses import Distance, PatchDiscriminator
 from .losses import discriminator_loss, generator_loss, perceptual_distance
-from .recipes import RECIPES, TrainConfig, estimate_cost, lr_multiplier, parse_setting, recipe
+from .recipes import TrainConfig, add_train_arguments, lr_multiplier, recipe
 from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, check_trackers
 from .run_dir import decode_progression, start_trackers
 from .run_dir import describe_run, deserialize_state, has_run, newest_checkpoint, open_run_dir
@@ -621,7 +622,8 @@ def train(
     check_trackers(log_with)
     folder = Path(os.path.expanduser(folder))
     announce_group()
-    logs = {"log_with": log_with or None, "project_config": ProjectConfiguration(logging_dir=folder / "events")}
+    logs = {"log_with": log_with or None,
+            "project_config": ProjectConfiguration(logging_dir=folder / "events")}  # fmt: skip
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), **logs)
     images, config, main = open_source(images), resolve_config(config, folder), accelerator.is_main_process
     x = validation_images(validation, min(as_tuple(config.size)))
@@ -646,24 +648,6 @@ def train(
             t.eval_model.save_pretrained(folder / "tokenizer")
         accelerator.wait_for_everyone()
     return folder / "tokenizer"
-
-# %% ../nbs/10_training.ipynb #01e63d0e
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    "Add the arguments of `train` to a command line."
-    add, source = parser.add_argument, {"nargs": "+", "metavar": "SOURCE"}
-    sources = "folders, lists (.txt), images, tar shards, datasets:NAME, or 'bundled'"
-    override = "override a value of the recipe, such as steps=1000 or multipliers=[1,2,4]; may be repeated"
-    same_run = "continue the run in this folder, if there is one"
-    add("recipe", help=f"one of {', '.join(RECIPES)}")
-    add("--images", default="bundled", help=sources, **source)
-    add("--validation", help="at most 8 images; default: four photographs of scikit-image", **source)
-    add("--folder", help="of the run; default: runs/RECIPE")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help=same_run)
-    add("--workers", type=int, default=0, help="processes that load images, for each process that trains")
-    trackers = "also log to these trackers: tensorboard, wandb, mlflow, trackio, aim, comet_ml"
-    add("--log-with", nargs="+", default=[], metavar="TRACKER", help=trackers)
-    add("--project", default="bitvae", metavar="NAME", help="under which the trackers file the run")
-    add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help=override)
 
 # %% ../nbs/10_training.ipynb #220e136d
 def train_from_args(args: argparse.Namespace) -> Path:
