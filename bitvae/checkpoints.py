@@ -25,8 +25,6 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -217,7 +215,7 @@ def describe_tokenizer(tok: BitVAE) -> str:
 # %% ../nbs/06_checkpoints.ipynb #2e428814
 def card_results(
     results: Mapping,  # of `bitvae.evaluation.evaluate`
-) -> list[EvalResult]:
+) -> list:  # of `huggingface_hub.EvalResult`
     "Return the means after the last scale, each with its protocol and images."
     from bitvae.evaluation import final_row, metric_names
 
@@ -229,7 +227,8 @@ def card_results(
         row = final_row(entry["rows"])
         for name in metric_names(entry["rows"]):
             metric = {"metric_type": name, "metric_value": round(row[name], 4)}
-            found.append(EvalResult("image-to-image", task_name="reconstruction", **data, **metric))
+            task = {"task_type": "image-to-image", "task_name": "reconstruction"}
+            found.append(huggingface_hub.EvalResult(**task, **data, **metric))
     return found
 
 # %% ../nbs/06_checkpoints.ipynb #cc4611e1
@@ -253,7 +252,7 @@ def model_card(
     name: str = "A bitwise tokenizer",
     source: str = "FOLDER",            # what to pass to `from_pretrained`
     **metadata,  # of `huggingface_hub.ModelCardData`, such as license="mit", datasets=["imagenet-1k"]
-) -> ModelCard:
+) -> "huggingface_hub.ModelCard":
     "Return a model card; raise `ValueError` for results of other weights."
     parts = [f"# {name}", CARD.format(source=source), f"```text\n{describe_tokenizer(tok)}\n```"]
     if results:
@@ -269,8 +268,8 @@ def model_card(
         tables = [f"{label}, {count}\n{results_table(results, label)}" for label in results["protocols"]]
         parts += ["## Evaluation", *(f"```text\n{table}\n```" for table in tables)]
     tags = [*TAGS, *metadata.pop("tags", ())]
-    data = ModelCardData(library_name="bitvae", tags=tags, **metadata)
-    return ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *parts]) + "\n")
+    data = huggingface_hub.ModelCardData(library_name="bitvae", tags=tags, **metadata)
+    return huggingface_hub.ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", *parts]) + "\n")
 
 # %% ../nbs/06_checkpoints.ipynb #c3311a42
 CODER_FILE = "coder.safetensors"  # in a tokenizer's folder
@@ -301,16 +300,18 @@ def save_pretrained(
 @contextmanager
 def explain_hub_errors(task: str, repo: str, revision: str | None = None) -> Iterator[None]:
     "Replace errors of the Hub's client by `PermissionError`, `FileNotFoundError` or `ConnectionError`."
+    from huggingface_hub import errors
+
     page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
     login = "log in with `hf auth login` or pass a token"
     try:
         yield
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise PermissionError(f"{task}: it is gated; request access at {page}, then {login}") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         problem = "no such repository, or a private one"
         raise FileNotFoundError(f"{task}: {problem}; check the name, or {login}") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{task}: it has no revision {revision!r}; see {page}/commits") from None
     except Exception as e:  # the client, its transport and the system raise different classes
         if getattr(getattr(e, "response", None), "status_code", 0) in (401, 403):
@@ -330,7 +331,7 @@ def push_to_hub(
     **metadata,                      # of the card, see `model_card`
 ) -> str:  # the address of the commit
     "Upload a tokenizer, its coder and its model card; raise what `explain_hub_errors` does."
-    api, message = HfApi(token=token), f"Upload tokenizer {self.fingerprint}"
+    api, message = huggingface_hub.HfApi(token=token), f"Upload tokenizer {self.fingerprint}"
     described = bool(results or metadata)
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, results, **{"name": repo, "source": repo, **metadata})
@@ -379,17 +380,21 @@ def latest_in_run(folder: Path) -> Path:
 REPOSITORY_NAME = re.compile(r"(?!.*\.(pth?|ckpt|bin|safetensors)$)\w[\w.-]*/\w[\w.-]*")  # and no file's name
 
 
-def find_tokenizer(name: str, revision: str | None = None, token: str | bool | None = None) -> Path:
+def find_tokenizer(
+    name: str | os.PathLike,         # only text names a repository
+    revision: str | None = None,     # see `fetch_repository`
+    token: str | bool | None = None,
+) -> Path:
     "Return a tokenizer's file or folder, after a download if needed; raise `FileNotFoundError` if unknown."
     path = bundled_dir() if name == "demo" else Path(os.path.expanduser(name))
-    if not path.exists() and REPOSITORY_NAME.fullmatch(name):
+    if isinstance(name, str) and REPOSITORY_NAME.fullmatch(name) and not path.exists():
         return fetch_repository(name, revision, token)
     if revision is not None:
-        raise ValueError(f"revision {revision!r} needs a repository on the Hub, got {name!r}")
-    if not path.exists() and name in RELEASED:
-        return fetch_released(name)
+        raise ValueError(f"revision {revision!r} needs a repository on the Hub, got {str(name)!r}")
+    if not path.exists() and str(name) in RELEASED:
+        return fetch_released(str(name))
     if not path.exists():
-        raise FileNotFoundError(f"no tokenizer {name!r}: give a checkpoint file, a folder, a repository "
+        raise FileNotFoundError(f"no tokenizer {str(name)!r}: give a checkpoint file, a folder, a repository "
                                 f"user/repo on the Hub, or one of demo, {', '.join(RELEASED)}")
     return path
 
@@ -406,7 +411,7 @@ def from_pretrained(
     token: str | bool | None = None,
 ) -> BitVAE:  # in eval mode; in training mode it drops no scales, see `MultiScaleBSQ`
     "Load a tokenizer; raise `CheckpointError`, or what `fetch_released` and `fetch_repository` do."
-    path = find_tokenizer(str(name), revision, token)
+    path = find_tokenizer(name, revision, token)
     if not (path / "model.safetensors").exists():
         path = latest_in_run(path)
     file = path / "model.safetensors" if path.is_dir() else path

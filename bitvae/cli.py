@@ -250,7 +250,7 @@ def fit_coder_command(args: argparse.Namespace) -> None:
     tok = BitVAE.from_pretrained(folder, optimize=True)
     print(f"written: {save_coder(fit_coder(tok, args.images, args.count), file)}")
 
-# %% ../nbs/30_cli.ipynb #cc345a2f
+# %% ../nbs/30_cli.ipynb #8f29757c
 @command(argument("tokenizer", help="a folder, a checkpoint, or a name"),
          argument("repo", help="user/repo, created if missing"),
          argument("--private", action="store_true", help="if it is created"),
@@ -411,15 +411,13 @@ def run_notebook(
 ) -> Path:
     "Run a notebook; raise `ValueError` for unknown parameters, `NotebookError` or `Interrupted`."
     import papermill
-    from papermill.exceptions import PapermillExecutionError
 
     from bitvae.images import atomic_write, staging_path
     from bitvae.launch import Interrupted
 
     known = notebook_parameters(notebook)
-    if unknown := [name for name in parameters if name not in known]:
-        names = ", ".join(known) or "none"
-        raise ValueError(f"unknown parameter {', '.join(unknown)}: {notebook} knows {names}")
+    if unknown := ", ".join(name for name in parameters if name not in known):
+        raise ValueError(f"unknown parameter {unknown}: {notebook} knows {', '.join(known) or 'none'}")
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it misses parameters whose type has a `|`
     output, kernels = Path(os.path.expanduser(output)), []
     f"{notebook}\n{output}".encode()  # raises `UnicodeEncodeError`: papermill records both names
@@ -438,7 +436,7 @@ def run_notebook(
         if isinstance(e, RuntimeError):  # of nbclient and jupyter_client
             reason = "the kernel did not start or was killed, often out of memory"
             raise NotebookError(f"{notebook} failed: {e}: {reason} (so far: {failed})") from e
-        if not isinstance(e, PapermillExecutionError):
+        if not isinstance(e, papermill.exceptions.PapermillExecutionError):
             raise
         if e.ename in ("Interrupted", "KeyboardInterrupt"):
             raise Interrupted(f"{e.evalue or 'stopped'} (so far: {failed})") from None
