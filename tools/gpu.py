@@ -18,6 +18,7 @@ import time
 import traceback
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -40,6 +41,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from bitvae.kernels import SWAPS, FoldedUpsample, optimize  # noqa: E402
 from bitvae.losses import PatchDiscriminator, discriminator_loss, generator_loss  # noqa: E402
+from bitvae.metrics import PROTOCOLS  # noqa: E402
 from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, quantize_residual  # noqa: E402
 from bitvae.tokenizer import BitVAE, BitVAEConfig  # noqa: E402
 
@@ -505,9 +507,11 @@ def section_h():
 
 def section_n():
     "Deterministic training: the operations that are not, whether two runs agree, and the time."
+    from bitvae.training import use_deterministic
+
     for deterministic in (False, True):
+        use_deterministic(deterministic)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        torch.backends.cudnn.benchmark = not deterministic
         digests, times = [], []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -523,8 +527,74 @@ def section_n():
         facts = {"equal": digests[0] == digests[1], "digest": digests[0]}
         unstable = "; ".join(names) or "none"
         row("n", f"deterministic={deterministic}", ms=statistics.median(times), **facts, unstable=unstable)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = True
+    use_deterministic(False)
+
+
+@contextmanager
+def random_networks():
+    "Yield LPIPS and FID's Inception with random weights: their cost, without files."
+    import lpips
+    from pytorch_fid import inception
+
+    class Pooled(nn.Module):
+        dim, takes_bytes = 2048, False
+
+        def __init__(self):
+            super().__init__()
+            with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(
+                nn.Module, "load_state_dict"
+            ):
+                self.net = inception.InceptionV3()
+
+        def forward(self, y): return self.net((y + 1) / 2)[0].flatten(1)
+
+    nets = {f"lpips_{n}": lpips.LPIPS(net=n, pretrained=False, pnet_rand=True, verbose=False)
+            for n in ("alex", "vgg")}  # fmt: skip
+    nets["pytorch-fid"] = Pooled()
+    yield {name: net.to(DEVICE).eval().requires_grad_(False) for name, net in nets.items()}
+
+
+def section_v():
+    "Evaluation: 2,000 JPEG files of 500x375 pixels, all metrics of the published protocol."
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image
+
+    from bitvae.evaluation import evaluate
+    from bitvae.images import bundled_photographs
+
+    warnings.simplefilter("ignore")
+    photographs = [Image.open(f).convert("RGB") for f in bundled_photographs()]
+    few, some, many = (6, 12, 12) if args.smoke else (320, 960, 2000)
+    protocol = replace(PROTOCOLS["published"], size=32) if args.smoke else PROTOCOLS["published"]
+    metrics = ("psnr", "ssim", "lpips") + (() if args.smoke else ("ms_ssim", "fid"))
+    with tempfile.TemporaryDirectory() as place, random_networks() as nets:
+        def write(i):
+            image = photographs[i % len(photographs)]
+            left, top = (i * 37 % max(1, n - m) for n, m in zip(image.size, (500, 375), strict=True))
+            image.crop((left, top, left + 500, top + 375)).save(f"{place}/{i:05}.jpg", quality=90)
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(write, range(many)))
+        files = sorted(Path(place).iterdir())
+        pixels = tuple(m for m in metrics if m != "fid")
+        for precision, chosen, total in (("bf16", metrics, many), ("bf16", ("psnr",), many),
+                                         ("float32", pixels, some)):  # fmt: skip
+            if left() < 30:
+                return say("no time left for", precision, *chosen)
+            tok = optimize(new_tokenizer()) if args.smoke else fused(new_tokenizer())
+            tok.precision = precision
+            options = {"batch": min(64, few), "workers": 0 if args.smoke else 14, "networks": nets}
+            times = []
+            for n, m in ((few, pixels), (few, chosen), (total, chosen)):
+                start = time.monotonic()
+                evaluate(tok, files[:n], protocol, m, prefixes=False, **options)
+                times.append(time.monotonic() - start)
+            done = n - few
+            rate = done / (times[-1] - times[-2])
+            row("v", f"evaluate, {precision}, {' '.join(chosen)}", images_s=rate, seconds=times[-1], images=n,
+                minutes_for_50000=(times[-2] + (50_000 - few) / rate) / 60)  # fmt: skip
 
 
 def free():
@@ -609,7 +679,7 @@ def section_f():
 
 SECTIONS = {"a": section_a, "o": section_o, "b": section_b, "p": section_p, "k": section_k, "c": section_c,
             "f": section_f, "d": section_d, "e": section_e, "g": section_g, "h": section_h,
-            "n": section_n}  # fmt: skip
+            "n": section_n, "v": section_v}  # fmt: skip
 
 
 def summary() -> str:
