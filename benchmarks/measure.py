@@ -60,6 +60,8 @@ def watch():
     while not done.wait(0.002):
         seen.append(resident())
 threading.Thread(target=watch, daemon=True).start()
+if cuda:
+    torch.cuda.reset_peak_memory_stats()  # cuDNN tried its algorithms before
 before = torch.cuda.memory_allocated() if cuda else seen[0]
 start = time.perf_counter()
 {work}

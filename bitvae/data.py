@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from .bits import patch
 from .config import as_tuple
 from .images import atomic_write, bundled_photographs, held_out_photographs, ImageBytes, ImageError
-from .images import from_uint8, jpeg_size, open_image, to_tensor, to_uint8
+from .images import from_uint8, jpeg_size, read_pixels, resize_pixels, to_tensor, to_uint8
 
 # %% ../nbs/08_data.ipynb #1d3f5309
 class DataError(ValueError):
@@ -205,7 +205,7 @@ def sample_square(
 
 # %% ../nbs/08_data.ipynb #721c1afe
 def crop_square(
-    image: Image.Image,                  # RGB, decoded at any scale
+    pixels: np.ndarray,                  # (H, W, 3), uint8, decoded at any scale
     square: tuple[float, float, float],  # left, top, side, in pixels of the full image
     size: int,                           # side of the result, pixels
     full: tuple[int, int],               # width and height of the full image
@@ -213,10 +213,12 @@ def crop_square(
 ) -> Tensor:  # (3, size, size) in [-1, 1]
     "Cut a square out of an image and resize it (bicubic)."
     left, top, side = square
-    fx, fy = image.width / full[0], image.height / full[1]
-    box = (left * fx, top * fy, min((left + side) * fx, image.width), min((top + side) * fy, image.height))
-    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    return to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else crop)[0]
+    scales = [n / m for n, m in zip(pixels.shape[:2], full[::-1], strict=True)]
+    height, width = (max(1, round(side * scale)) for scale in scales)
+    y, x = (min(round(start * scale), n - length) for start, scale, n, length in
+            zip((top, left), scales, pixels.shape, (height, width), strict=False))  # fmt: skip
+    crop = resize_pixels(pixels[y : y + height, x : x + width], size, size)
+    return to_tensor(crop[:, ::-1] if mirror else crop)[0]
 
 # %% ../nbs/08_data.ipynb #1a22d52f
 def jitter_colors(
@@ -237,20 +239,20 @@ def random_crop(
     size: int,  # side of the result, pixels
     rng: np.random.Generator,
     rule: CropRule = DEFAULT_CROP_RULE,
-    opener: Callable[..., Image.Image] = open_image,  # an `ImageCache` keeps decoded images
+    opener: Callable[..., np.ndarray] = read_pixels,  # an `ImageCache` keeps decoded images
 ) -> Tensor:  # (3, size, size) in [-1, 1]
-    "Return a random square, mirrored with probability 0.5; raise what `open_image` raises."
+    "Return a random square, mirrored with probability 0.5; raise what `read_pixels` raises."
     u = rng.random(5)
-    image = file if isinstance(file, Image.Image) else None
-    full = image.size if image else jpeg_size(file)
+    pixels = read_pixels(file) if isinstance(file, Image.Image) else None
+    full = jpeg_size(file) if pixels is None else pixels.shape[1::-1]
     if full is None:
-        image = opener(file)
-        full = image.size
+        pixels = opener(file)
+        full = pixels.shape[1::-1]
     side = rule.crop_size or size
     square = rule.sample_square(*full, side, u)
-    if image is None:
-        image = opener(file, 2.0 ** min(0, math.ceil(math.log2(2 * side / square[2]))))
-    x = crop_square(image, square, side, full, mirror=u[4] < 0.5)
+    if pixels is None:
+        pixels = opener(file, 2.0 ** min(0, math.ceil(math.log2(2 * side / square[2]))))
+    x = crop_square(pixels, square, side, full, mirror=u[4] < 0.5)
     x = x if side == size else F.adaptive_avg_pool2d(x, size)
     return jitter_colors(x, rng.random(4), rule.color_jitter) if rule.color_jitter else x
 
@@ -288,17 +290,17 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 # %% ../nbs/08_data.ipynb #cfc47afc
 class ImageCache(dict):
-    "`open_image` that keeps decoded images while they fit in a number of bytes."
+    "`read_pixels` that keeps decoded images while they fit in a number of bytes."
 
     free = 64 << 20  # bytes
 
-    def __call__(self, file: Path | ImageBytes, scale: float = 1.0) -> Image.Image:
-        if (image := self.get((str(file), scale))) is None:
-            image = open_image(file, scale)
-            if (size := 3 * image.width * image.height) <= self.free:
-                self.free -= size
-                self[str(file), scale] = image
-        return image
+    def __call__(self, file: Path | ImageBytes, scale: float = 1.0) -> np.ndarray:
+        if (pixels := self.get((str(file), scale))) is None:
+            pixels = read_pixels(file, scale)
+            if pixels.nbytes <= self.free:
+                self.free -= pixels.nbytes
+                self[str(file), scale] = pixels
+        return pixels
 
 # %% ../nbs/08_data.ipynb #0ae85425
 class SkippedImages(list):
@@ -334,7 +336,7 @@ class RandomCrops(Dataset):
     files: Sequence[Path | ImageBytes]
     plan: CropPlan
     rule: CropRule = DEFAULT_CROP_RULE
-    opener: Callable[..., Image.Image] = field(default_factory=ImageCache)
+    opener: Callable[..., np.ndarray] = field(default_factory=ImageCache)
 
     def __post_init__(self):
         if not len(self.files):
@@ -734,8 +736,13 @@ def crop_loader(
     indices = range(steps.start * plan.accumulate, steps.stop * plan.accumulate)
     streamed = isinstance(images, Shards)
     dataset = ShardCrops(images, plan, indices, rule) if streamed else RandomCrops(images, plan, rule)
+    import torchvision.io  # noqa: F401  before the workers start, which would import it one by one
+
+    pinned = torch.device(device).type == "cuda"
     for crop in read_items(dataset, pack_crop, workers, None if streamed else indices, stopped):
-        yield crop._replace(x=from_uint8(torch.from_numpy(crop.x).to(device)))
+        x = torch.from_numpy(crop.x)
+        x = x.pin_memory() if pinned else x
+        yield crop._replace(x=from_uint8(x.to(device, non_blocking=pinned)))
 
 # %% ../nbs/08_data.ipynb #655e200c
 def zoom_levels(short: int, sizes: Sequence[int], rule: CropRule) -> list[int]:
@@ -748,14 +755,15 @@ def zoom_levels(short: int, sizes: Sequence[int], rule: CropRule) -> list[int]:
 # %% ../nbs/08_data.ipynb #512be1cc
 def stored_sizes(file: Path | ImageBytes, sizes: Sequence[int], rule: CropRule) -> dict[int, np.ndarray]:
     "Decode an image and resize it (bicubic) to each of its `zoom_levels`: short side -> bytes (H, W, 3)."
-    image = open_image(file)
-    short = min(image.size)
+    pixels = read_pixels(file)
+    height, width = pixels.shape[:2]
+    short = min(height, width)
     levels = zoom_levels(short, sizes, rule)
     if not levels:
-        raise ImageError(f"an image of {image.width}x{image.height} is smaller than the crop: "
+        raise ImageError(f"an image of {width}x{height} is smaller than the crop: "
                          "remove it, take smaller crops, or set upscale=true")  # fmt: skip
-    shapes = {s: [max(s, round(n * s / short)) for n in image.size] for s in levels}
-    return {s: np.array(image.resize(shape, Image.Resampling.BICUBIC)) for s, shape in shapes.items()}
+    shapes = {s: [max(s, round(n * s / short)) for n in (height, width)] for s in levels}
+    return {s: resize_pixels(pixels, *shape) for s, shape in shapes.items()}
 
 # %% ../nbs/08_data.ipynb #cf7054fc
 class DeviceCrops:

@@ -62,7 +62,10 @@ def thumbnail(x: Tensor, side: int) -> Tensor:
     "Downsample images (B, 3, H, W) to side x side pixels (1: the mean color) and upsample them, bicubic."
     if side == 1:
         return x.mean(dim=(2, 3), keepdim=True).expand_as(x)
-    small = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
+    options = {"mode": "bicubic", "antialias": True}  # fails on CUDA at such factors: apply its weights
+    weights = [F.interpolate(torch.eye(n)[None, None], size=(n, side), **options)[0, 0] for n in x.shape[-2:]]
+    rows, columns = (w.to(x) for w in weights)
+    small = rows.mT @ x @ columns
     return F.interpolate(small.clamp(-1, 1), size=x.shape[-2:], mode="bicubic").clamp(-1, 1)
 
 # %% ../nbs/14_evaluation.ipynb #ff550dfb

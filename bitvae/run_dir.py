@@ -29,10 +29,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+import bitvae
 from .bits import Bits
 from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
-from .images import atomic_write, to_uint8
+from .images import atomic_write, DECODERS, to_uint8
 from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .tokenizer import BitVAE
@@ -128,13 +129,15 @@ def git_commit() -> str | None:
 # %% ../nbs/11_run_dir.ipynb #4dac0a07
 def describe_run(config: TrainConfig, images: Images, accelerator) -> dict:  # an `accelerate.Accelerator`
     "Return the content of run.json: recipe, data, versions, commit, machine."
-    packages = ("bitvae", "torch", "torchvision", "numpy", "pillow", "accelerate")
+    packages = ("torch", "torchvision", "numpy", "pillow", "accelerate")
+    versions = {"python": platform.python_version(), "bitvae": bitvae.__version__}
     count = len(images) if hasattr(images, "__len__") else None
     device = accelerator.device
     return {
         "config": asdict(config),
         "images": {"count": count, "fingerprint": fingerprint(images)},
-        "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in packages},
+        **DECODERS["torchvision"],
+        "versions": versions | {p: metadata.version(p) for p in packages},
         "commit": git_commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": accelerator.num_processes,
@@ -200,7 +203,8 @@ def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
             before = []
             if has_run(run_dir):
                 old = read_run(run_dir)[1]
-                session = {k: old.get(k) for k in ("versions", "commit", "device", "processes", "threads")}
+                keys = ("decoder", "resizer", "versions", "commit", "device", "processes", "threads")
+                session = {k: old.get(k) for k in keys}
                 before = [*old.get("before", []), {"until": step, **session}]
             with atomic_write(run_dir / "run.json") as part:
                 part.write_text(json.dumps(record | {"before": before}, indent=1) + "\n")

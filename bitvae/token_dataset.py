@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,8 @@ from .config import PRECISIONS
 from .data import DataError, Images, Shards, Source
 from .data import fingerprint, image_labels, open_source, shard_images
 from .entropy_coding import coder_for, load_coder, save_coder
-from .images import atomic_write, center_crop, ImageBytes, open_image, to_tensor
+from .images import atomic_write, center_crop, center_crop_pixels, DECODERS, ImageBytes, open_image
+from .images import read_pixels, to_tensor
 from .kernels import optimize, retain_malloc_heap
 from .launch import exclusive_run, EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .schedules import scale_schedule, Size
@@ -57,7 +59,7 @@ class Item(NamedTuple):
     "An image to tokenize."
 
     key: str         # unique in the data set
-    image: Path | ImageBytes | Image.Image | Exception  # the file; once loaded its crop, or the error
+    image: Path | ImageBytes | Image.Image | np.ndarray | Exception  # file; once loaded, crop or error
     label: str       # class number, or empty
     name: str = ""   # of the file
     size: Size = ()  # (H, W) of the upright image before the crop, once loaded
@@ -89,11 +91,14 @@ def plan_shards(images: Images, labels: Sequence[str], per_shard: int) -> list[C
     return [partial(file_items, images, labels, range(len(images))[i : i + per_shard]) for i in starts]
 
 # %% ../nbs/19_token_dataset.ipynb #16fb94ea
-def load_item(item: Item, size: int) -> Item:
+def load_item(item: Item, size: int, decoder: str = "pillow") -> Item:
     "Replace an item's file with its center crop of size x size pixels, or with the error."
     if isinstance(item.image, Exception):
         return item
     try:
+        if decoder == "torchvision":
+            pixels = read_pixels(item.image)
+            return item._replace(image=center_crop_pixels(pixels, size), size=pixels.shape[:2])
         image = open_image(item.image)
         return item._replace(image=center_crop(image, size), size=(image.height, image.width))
     except (ValueError, OSError, MemoryError) as e:
@@ -102,12 +107,14 @@ def load_item(item: Item, size: int) -> Item:
         return item._replace(image=e)
 
 # %% ../nbs/19_token_dataset.ipynb #8a40caa1
-def prefetch(items: Iterable[Item], size: int, batch: int, workers: int) -> Iterator[list[Item]]:
+def prefetch(
+    items: Iterable[Item], size: int, batch: int, workers: int, decoder: str = "pillow",
+) -> Iterator[list[Item]]:  # fmt: skip
     "Load items in threads, in order, in batches."
     def load_all() -> Iterator[Item]:
         pending = deque()
         for item in items:
-            pending.append(pool.submit(load_item, item, size))
+            pending.append(pool.submit(load_item, item, size, decoder))
             if len(pending) == 3 * batch:
                 yield pending.popleft().result()
         yield from (future.result() for future in pending)
@@ -322,43 +329,52 @@ def write_json(file: Path, value: dict) -> None:
 # %% ../nbs/19_token_dataset.ipynb #e6b700ec
 def write_shard(
     tok: BitVAE, items: Iterable[Item], file: Path, size: int, batch: int, workers: int, compress: bool,
-    latents: bool, progress: Callable[[int], object],
+    latents: bool, progress: Callable[[int], object], decoder: str = "pillow",
 ) -> dict:
     "Tokenize images into a shard, as `tokenize` is asked to, and write its record beside it."
-    samples = encode_samples(tok, prefetch(items, size, batch, workers), latents, failed := {}, progress)
+    batches = prefetch(items, size, batch, workers, decoder)
+    samples = encode_samples(tok, batches, latents, failed := {}, progress)
     with atomic_write(file) as part:
         tar = file.suffix == ".tar"
         count = write_tar(part, samples, compress) if tar else write_rows(part, samples, tok, size)
         record = {"name": file.name, "count": count, "failed": failed, "bytes": part.stat().st_size}
         record["sha256"] = file_checksum(part)
+        record["versions"] = {p: metadata.version(p) for p in ("pillow", "torch", "torchvision")}
     write_json(file.with_suffix(".json"), record)
     return record
 
 # %% ../nbs/19_token_dataset.ipynb #a961e2f7
-def describe_job(tok: BitVAE, images: Images, labels: Sequence[str], **options) -> dict:
-    "Return everything that determines the bytes of the shards."
+def describe_job(
+    tok: BitVAE, images: Images, labels: Sequence[str], decoder: str = "pillow", **options,
+) -> dict:  # fmt: skip
+    "Return everything that determines the bytes of the shards; raise `ValueError` for an unknown decoder."
+    if decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {decoder!r}: one of {', '.join(DECODERS)}")
     coder = coder_for(tok.fingerprint, tok.config.dim)
     job = {"version": SHARD_VERSION, "tokenizer": tok.fingerprint, "config": asdict(tok.config)}
     job["precision"] = tok.precision
     job["pictures"] = fingerprint(images)
     job["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:16]
+    job |= DECODERS[decoder]
     job |= options | {"coder": coder.id if options["compress"] and not coder.adaptive else 0}
     return json.loads(json.dumps(job))
 
 # %% ../nbs/19_token_dataset.ipynb #57d3775f
 def record_job(folder: Path, job: dict) -> None:
-    "Record the job of a folder, remove temporary files; raise `ValueError` if it holds other work."
+    "Record the job of a folder and its coder, remove temporary files; raise `ValueError` for other work."
     file = folder / "job.json"
     foreign = sorted(p for p in folder.glob("shard-*") if p.suffix in READERS)
     if foreign and not file.exists():
         raise ValueError(f"{foreign[0]} was not written by this command: choose another folder")
     for part in folder.glob(".*.shard-*"):
         part.unlink()
-    found = json.loads(file.read_text()) if file.exists() else job
+    found = DECODERS["pillow"] | json.loads(file.read_text()) if file.exists() else job
     if other := [key for key in job if found.get(key) != job[key]]:
         values = f"there {found.get(other[0])!r}, here {job[other[0]]!r}"
         raise ValueError(f"{folder} has shards with other {', '.join(other)} ({values}): use another folder")
     write_json(file, job)
+    if job.get("coder"):
+        save_coder(coder_for(job["tokenizer"], job["config"]["dim"]), folder / CODER_FILE)
 
 # %% ../nbs/19_token_dataset.ipynb #0bd8921a
 def check_options(shard_format: str, compress: bool, **positive: int) -> None:
@@ -396,6 +412,7 @@ def tokenize(
     labels: str | os.PathLike | None = None,  # file with one number per line; None: see `image_labels`
     shard_format: str = "tar",  # or "safetensors"
     latents: bool = False,      # also keep the latents, float16, for exact teacher forcing after flips
+    decoder: str = "pillow",    # as `load_image` reads; "torchvision": faster, flips some bits
 ) -> dict:  # the manifest; empty except in the first process
     "Tokenize a data set, alone or as one of several processes; raise as `open_source`, and `ValueError`."
     check_options(shard_format, compress, size=size, per_shard=per_shard, batch=batch, workers=workers)
@@ -406,14 +423,12 @@ def tokenize(
     found = open_source(images)
     named = image_labels(found, labels)
     options = {"size": size, "per_shard": per_shard, "compress": compress, "form": shard_format}
-    job = describe_job(tok, found, named, **options, latents=latents)
+    job = describe_job(tok, found, named, decoder, **options, latents=latents)
     plan = plan_shards(found, named, per_shard)
     shards = [folder / f"shard-{i:06d}.{shard_format}" for i in range(len(plan))]
     with exclusive_run(folder) if rank == 0 else nullcontext():
         if rank == 0:
             record_job(folder, job)
-            if job["coder"]:
-                save_coder(coder_for(tok.fingerprint, tok.config.dim), folder / CODER_FILE)
         wait_for_all()
         mine = range(rank, len(plan), world)
         todo = [i for i in mine if not (shards[i].exists() and shards[i].with_suffix(".json").exists())]
@@ -421,7 +436,8 @@ def tokenize(
         total = sum(min(per_shard, len(found) - i * per_shard) for i in todo) if known else None
         with tqdm(total=total, desc="tokenize", unit="image", disable=rank > 0) as bar:
             for i in todo:
-                write_shard(tok, plan[i](), shards[i], size, batch, workers, compress, latents, bar.update)
+                options = size, batch, workers, compress, latents, bar.update, decoder
+                write_shard(tok, plan[i](), shards[i], *options)
         wait_for_all()
         return write_manifest(folder, job, shards) if rank == 0 else {}
 
@@ -519,6 +535,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=SHARD_FORMATS, default="tar", help="of the shards")
     add("--precision", choices=PRECISIONS, default="float32", help="of the encoder: others flip some bits")
     add("--latents", action="store_true", help="also keep the latents, for exact teacher forcing after flips")
+    add("--decoder", choices=DECODERS, default="pillow", help="torchvision: faster, flips some bits")
 
 # %% ../nbs/19_token_dataset.ipynb #85ee4eba
 def tokenize_arguments(tokenizer: str | os.PathLike, **options) -> list[str]:

@@ -418,3 +418,16 @@ def test_memory_does_not_grow_with_the_images(images, tmp_path):
 def test_finished_evaluation_leaves_only_its_results(tmp_path):
     assert main(["demo", "--resolutions", "32", "--folder", str(tmp_path / "new")]) == 0
     assert sorted(f.name for f in Path(tmp_path, "new").iterdir()) == ["metrics.json"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_numbers_of_the_cpu():
+    "Every row, thumbnails included; bits near zero may flip."
+    tok, small = BitVAE.from_pretrained("demo"), protocol("clamped", size=192)
+    metrics = ["psnr", "ssim", "ms_ssim"]
+    expected = protocol_rows(evaluate(tok, "bundled", small, metrics, codec_rates=[0.5]))
+    measured = protocol_rows(evaluate(tok.cuda(), "bundled", small, metrics, codec_rates=[0.5]))
+    assert measured.keys() == expected.keys()
+    for name, row in expected.items():
+        assert all(abs(measured[name][m] - row[m]) < (0.01 if m == "psnr" else 1e-3) for m in metrics), name

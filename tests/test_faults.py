@@ -25,7 +25,7 @@ from bitvae import BitVAE, load_image, save_image
 from bitvae.checkpoints import RELEASED, CheckpointError, fetch_released, published_names
 from bitvae.data import CropPlan, DataError, RandomCrops, crop_loader
 from bitvae.evaluation import protocol_rows, read_results
-from bitvae.images import bundled_photographs
+from bitvae.images import bundled_photographs, to_uint8
 from bitvae.launch import Interrupted
 from bitvae.recipes import recipe
 from bitvae.run_dir import RunExistsError, newest_checkpoint, read_metrics
@@ -123,6 +123,17 @@ def load_with_small_files():
 def test_loading_processes_need_no_shared_memory():
     run = call(load_with_small_files)
     assert run.returncode == 0 and run.stdout == f"{[(4, 3, 128, 128)] * 3}\n", run.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpu_gets_the_batches_of_the_cpu(workers):
+    files, plan = bundled_photographs(), CropPlan(64, 4)
+    options = ({}, {"workers": workers, "device": "cuda"})
+    loaders = [crop_loader(files, plan, range(3), **o) for o in options]
+    for expected, found in zip(*loaders, strict=True):
+        assert found.x.is_cuda and torch.equal(to_uint8(found.x).cpu(), to_uint8(expected.x))
 
 
 def test_a_signal_ends_the_wait_for_images(tmp_path, monkeypatch):

@@ -154,7 +154,8 @@ def run_deterministically(folder):
     settings |= {"precision": "bf16", "deterministic": True, "checkpoint_every": 6}
     sets = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
     line = [sys.executable, "-m", "bitvae.training", "smoke", "--folder", folder, *sets]
-    subprocess.run(line, check=True, capture_output=True)
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     return state(folder)
 
 
