@@ -1,12 +1,12 @@
 # make demo: train and evaluate a tokenizer in minutes | make retrain-demo: train the one in the package again
-# make bench: measure speed against peers | make gpu: check and time on a GPU | make test | make quick: the tests of minutes | make lab | make export | make clean
+# make bench: measure speed against peers | make gpu: check and time on a GPU | make test | make quick: the tests of minutes | make lab | make docs | make wheel: check the wheel as a new user | make export | make clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 # threads that wait must not spin: with several processes on few cores that costs more than it gains
 demo retrain-demo test quick: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo retrain-demo bench gpu test quick lab export clean
+.PHONY: demo retrain-demo bench gpu test quick lab hooks docs wheel export clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -29,8 +29,19 @@ test: .venv/installed
 quick: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-lab: .venv/installed
+lab: .venv/installed hooks
 	$(BIN)/jupyter lab nbs
+
+hooks:  # git merges notebooks cell by cell, with nbdev's driver, and Jupyter trusts what was merged
+	@if [ -d .git ]; then PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_install_hooks && \
+		git config merge.nbdev-merge.driver '"$(CURDIR)/$(BIN)/nbdev_merge" %O %A %B %P' && \
+		printf '#!/bin/sh\n"%s/nbdev_trust"\n' "$(CURDIR)/$(BIN)" > .git/hooks/post-merge; fi
+
+docs: .venv/installed
+	$(BIN)/python tools/docs.py
+
+wheel:  # builds the wheel and uses it in a fresh environment, as a new user does
+	$(PYTHON) tools/check_wheel.py
 
 export: .venv/installed
 	$(BIN)/nbdev_export

@@ -7,7 +7,8 @@ __all__ = ['COMMANDS', 'TOKENIZER', 'PRECISION', 'PROCESSES', 'argument', 'argum
            'build_parser', 'NotebookError', 'expand_home', 'main', 'train_command', 'evaluate_command',
            'fetch_lpips_command', 'make_list_command', 'encode_command', 'decode_command', 'fit_coder_command',
            'push_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command', 'collapse_progress',
-           'private_kernel_manager', 'forward_interrupts', 'notebook_parameters', 'run_notebook', 'run_command']
+           'private_kernel_manager', 'forward_interrupts', 'notebook_parameters', 'run_notebook', 'find_notebook',
+           'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
@@ -447,18 +448,34 @@ def run_notebook(
     failed.unlink(missing_ok=True)
     return output
 
+# %% ../nbs/30_cli.ipynb #9a30ec9a
+def find_notebook(
+    name: str,  # a file, or the name of an experiment notebook such as "train"
+) -> Path:
+    "Return a notebook file, or the experiment notebook of that name; raise `FileNotFoundError`."
+    package = Path(sys.modules["bitvae"].__file__).parent
+    folders = package / "experiments", package.parent / "nbs" / "experiments"  # of a wheel, of a clone
+    if Path(name).is_file():
+        return Path(name)
+    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.ipynb"))}
+    if name not in known:
+        raise FileNotFoundError(f"no notebook {name}: give a file or one of {', '.join(known)}")
+    return known[name]
+
 # %% ../nbs/30_cli.ipynb #3fd9b97e
-@command(argument("notebook"),
-         argument("output", help="the executed copy"),
+@command(argument("notebook", help="a file, or the name of an experiment notebook such as train"),
+         argument("output", nargs="?", help="the executed copy; runs/NAME/NAME.ipynb, if not given"),
          argument("--set", type=lambda text: (*parse_setting(text), text.partition("=")[2]), action="append",
                   default=[], metavar="NAME=VALUE", help="a parameter of the notebook; may be repeated"))
 def run_command(args: argparse.Namespace) -> None:
     "Run a notebook with papermill; parameters that it does not have are errors."
-    known, parameters = notebook_parameters(args.notebook), {}
+    notebook = find_notebook(args.notebook)
+    output = args.output or Path("runs", notebook.stem, notebook.name)
+    known, parameters = notebook_parameters(notebook), {}
     for name, value, text in args.set:
         value = text if known.get(name) and isinstance(value, int | float) else value  # a folder named 2024
         parameters[name] = os.path.expanduser(value) if isinstance(value, str) else value
-    print(f"executed: {run_notebook(args.notebook, args.output, **parameters)}")
+    print(f"executed: {run_notebook(notebook, output, **parameters)}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

@@ -334,13 +334,13 @@ def bundled_photographs() -> list[Path]:
 # %% ../nbs/00_images.ipynb #8ff51ee5
 HELD_OUT = {
     "skimage": ["data/astronaut.png", "data/chelsea.png", "data/coffee.png", "data/rocket.jpg"],
-    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
+    "bitvae": ["assets/held_out/china.jpg", "assets/held_out/flower.jpg"],
 }
 
 
 def held_out_photographs(modules: Sequence[str] = tuple(HELD_OUT)) -> list[Path]:
-    "Return the photographs of the modules skimage and sklearn, for evaluation, never for training."
+    "Return the photographs in skimage and in this package, for evaluation, never for training."
     specs = {module: find_spec(module) for module in modules}
     if None in specs.values():
-        raise ImportError("held-out photographs need two packages: pip install scikit-image scikit-learn")
+        raise ImportError("held-out photographs need scikit-image: pip install scikit-image")
     return [Path(specs[module].origin).parent / name for module in modules for name in HELD_OUT[module]]

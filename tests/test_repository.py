@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+import yaml
 from children import ROOT, call, run_cells
 
 NOTEBOOKS = sorted(
@@ -103,3 +106,46 @@ def test_executed_notebook_is_fit_to_commit(notebook):
         ]
     )
     assert not [place for place in ("/home/", "/root/", "/Users/", "/tmp/", str(ROOT)) if place in text]
+
+
+@pytest.mark.slow
+def test_git_merges_notebooks_with_the_hooks_of_make_lab(tmp_path):
+    "Two branches that add cells in different places merge, also without an activated environment."
+    home, clone = tmp_path / "home", tmp_path / "clone"
+    home.mkdir()
+    clone.mkdir()
+    for name in ("Makefile", "settings.ini", ".gitattributes", ".gitignore"):
+        shutil.copy(ROOT / name, clone)
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    env = os.environ | {"HOME": str(home), "GIT_CONFIG_GLOBAL": os.devnull}
+
+    def run(*line):
+        done = subprocess.run(line, cwd=clone, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def write(*sources, count=None):
+        cells = [nbformat.v4.new_code_cell(s, id=f"{i:08x}", execution_count=count) for i, s in sources]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), clone / "a.ipynb")
+        run("git", "add", "-A", ".")
+        run("git", "-c", "user.name=a", "-c", "user.email=a@example.com", "commit", "--quiet", "-m", "a")
+
+    run("git", "init", "--quiet", "--initial-branch", "main")
+    first, last = (1, "x = 1"), (9, "y = 1")
+    write(first, last)
+    run("make", "hooks")
+    run("git", "checkout", "--quiet", "-b", "other")
+    write((1, "x = 2"), last, count=3)
+    run("git", "checkout", "--quiet", "main")
+    write(first, last, (10, "z = 1"), count=4)
+    run("git", "-c", "user.name=a", "-c", "user.email=a@example.com", "merge", "--no-edit", "other")
+    merged = nbformat.read(clone / "a.ipynb", 4)
+    assert [c.source for c in merged.cells] == ["x = 2", "y = 1", "z = 1"]
+
+
+def test_workflow_and_templates_are_valid():
+    for file in [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github").rglob("*.yml")]:
+        assert yaml.safe_load(file.read_text()), file
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert "tools/check_wheel.py" in str(workflow["jobs"]["wheel"])

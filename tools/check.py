@@ -1,5 +1,8 @@
 """Check that package, notebooks and README.md agree, and that ruff passes. Changes nothing."""
+import ast
 import filecmp
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +36,27 @@ def files(root: Path) -> set[Path]:
     return {Path("README.md")} | {p for p in found if not IGNORED & set(p.parts)}
 
 
+def mixed_imports(notebook: Path) -> list[str]:
+    """List the cells of an exporting notebook that hold imports and other code.
+
+    nbdev's documentation executes every cell with an import, and those of the package, but no others.
+    """
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    sources = {c["id"]: "".join(c["source"]) for c in cells}
+    exported = re.compile(r"^#\|\s*exports?\s*$", flags=re.M)
+    if not any(map(exported.search, sources.values())):
+        return []
+    imports, found = (ast.Import, ast.ImportFrom), []
+    for name, source in sources.items():
+        if re.search(r"^#\|\s*(exporti?|exports|exec_doc|eval:\s*false)\s*$", source, flags=re.M):
+            continue
+        tree = ast.parse(source)
+        if any(isinstance(node, imports) for node in ast.walk(tree)):
+            if not all(isinstance(node, imports) for node in tree.body):
+                found.append(f"{notebook.relative_to(ROOT)} cell {name}")
+    return found
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as d:
         copy = Path(d)
@@ -41,6 +65,9 @@ def main() -> None:
         differ = {p for p in ours & theirs if not filecmp.cmp(ROOT / p, copy / p, shallow=False)}
     if stale := sorted(map(str, (ours ^ theirs) | differ)):
         sys.exit(f"stale: {', '.join(stale)}; run `make export`")
+    notebooks = [file for file in sorted((ROOT / "nbs").rglob("*.ipynb")) if not IGNORED & set(file.parts)]
+    if mixed := [cell for notebook in notebooks for cell in mixed_imports(notebook)]:
+        sys.exit(f"imports need a cell of their own: {', '.join(mixed)}")
     sys.exit(subprocess.run([BIN / "ruff", "check", "--quiet", "."], cwd=ROOT).returncode)
 
 
