@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Source', 'SHARD_NAME', 'DEFAULT_CROP_RULE', 'COMPRESSIONS', 'Member', 'Images', 'RGB_TO_YIQ', 'DataError', 'warn',
            'ImageFiles', 'is_label', 'read_list', 'image_suffixes', 'is_image', 'is_hidden', 'walk_images',
-           'image_files', 'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'as_tuple', 'CropPlan',
-           'epoch_order', 'ImageCache', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages', 'hub_images',
-           'Shards', 'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images',
-           'shuffle_images', 'ShardCrops', 'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading',
-           'pack_crop', 'crop_loader', 'zoom_levels', 'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders',
-           'image_labels', 'write_list']
+           'image_files', 'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'CropPlan', 'epoch_order',
+           'ImageCache', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages', 'hub_images', 'Shards',
+           'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images', 'shuffle_images',
+           'ShardCrops', 'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading', 'pack_crop',
+           'crop_loader', 'zoom_levels', 'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders', 'image_labels',
+           'write_list']
 
 # %% ../nbs/08_data.ipynb #2d96b5d6
 import bz2
@@ -47,6 +47,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from .bits import patch
+from .config import as_tuple
 from .images import atomic_write, bundled_photographs, held_out_photographs, ImageBytes, ImageError
 from .images import cut_long_sides, from_uint8, jpeg_size
 from .images import read_pixels, resize_pixels, to_tensor, to_uint8
@@ -264,11 +265,6 @@ def random_crop(
     x = crop_square(pixels, square, side, full, mirror=u[4] < 0.5)
     x = x if side == size else F.adaptive_avg_pool2d(x, size)
     return jitter_colors(x, rng.random(4), rule.color_jitter) if rule.color_jitter else x
-
-# %% ../nbs/08_data.ipynb #df25e831
-def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]:
-    "Return one or several integers as a tuple."
-    return (v,) if isinstance(v, int) else tuple(v)
 
 # %% ../nbs/08_data.ipynb #8db4a017
 @dataclass

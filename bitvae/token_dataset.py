@@ -43,12 +43,13 @@ from tqdm import tqdm
 from .bits import Bits, BitsError
 from .bitstream import unpack_planes
 from .checkpoints import CODER_FILE
+from .config import PRECISIONS
 from .data import DataError, Images, Shards, Source
 from .data import fingerprint, image_labels, is_label, open_source, shard_images
 from .entropy_coding import coder_for, load_coder, save_coder
 from .images import atomic_write, center_crop, center_crop_pixels, DECODERS, ImageBytes, open_image
 from .images import read_pixels, to_tensor
-from .kernels import optimize, PRECISIONS, retain_malloc_heap
+from .kernels import optimize, retain_malloc_heap
 from .launch import exclusive_run, EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .schedules import scale_schedule, Size
 from .tokenizer import BitVAE

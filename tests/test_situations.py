@@ -2,23 +2,25 @@
 
 import json
 import os
+import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from children import bitvae, call, command_line
+from children import ROOT, bitvae, call, command_line
 from PIL import Image
 from safetensors.torch import save_file
 
-from bitvae import Bits, BitVAE, load_image, save_image
+from bitvae import Bits, BitVAE, BitVAEConfig, load_image, save_image
 from bitvae.data import CropPlan, CropRule, DataError, DeviceCrops, image_files, image_labels, write_list
 from bitvae.evaluation import evaluate, read_results, save_results
 from bitvae.images import ImageError, atomic_write, bundled_photographs
 from bitvae.metrics import protocol
+from bitvae.recipes import TrainConfig, recipe
 from bitvae.token_dataset import TokenDataset, add_to_tar, tokenize, verify_dataset
 
 # archives, folders and images
@@ -210,3 +212,41 @@ def info_into_closed_pipe():
 def test_a_closed_pipe_ends_quietly():
     run = call(info_into_closed_pipe)
     assert (run.returncode, run.stderr) == (141, "")
+
+
+HELP = """
+import sys
+from bitvae.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as e:
+    sys.exit(e.code or 7 * ("torch" in sys.modules))
+"""
+
+
+LINES = ["--help", "--version", "train --help", "train d16_stage2 --help", "run --help"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_help_needs_no_torch(line):
+    "Nor anything else that takes seconds to import; a new process, since the test's own has torch."
+    command = [sys.executable, "-c", HELP, *line.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    if line.startswith("train"):
+        values = recipe("d16_stage2") if "stage2" in line else TrainConfig()
+        for f in (*fields(TrainConfig), *fields(BitVAEConfig)):
+            assert f"  {f.name}=" in result.stdout or f.name in ("name", "model")
+        assert f"steps={values.steps} " in result.stdout
+        assert "(float, positive, at most 1)" in " ".join(result.stdout.split())
+
+
+def test_modules_load_in_any_order():
+    "The methods of `Bits` and `BitVAE` that other modules add need no import of these modules."
+    program = (
+        "from bitvae.tokenizer import BitVAE; import torch; tok = BitVAE.from_pretrained('demo'); "
+        "bits = tok.encode(torch.zeros(1, 3, 64, 64)); from bitvae.bits import Bits; "
+        "assert Bits.from_bytes(bits.to_bytes()) == bits; import bitvae; bitvae.plots, bitvae.Bits"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
