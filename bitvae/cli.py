@@ -55,7 +55,8 @@ def command(*arguments: Callable[[argparse.ArgumentParser], object]) -> Callable
 
 
 TOKENIZER = argument("--tokenizer", default="demo", help="a folder, a checkpoint, or a name")
-PRECISION = argument("--precision", choices=PRECISIONS, default="float32", help="of the network")
+PRECISION = argument("--precision", choices=PRECISIONS,
+                     help="of the network; default: float32, but bf16 for decoding on a GPU")  # fmt: skip
 PROCESSES = argument("--processes", type=int, default=1, help="on this machine, such as one per GPU")
 
 # %% ../nbs/30_cli.ipynb #131b9604

@@ -587,7 +587,7 @@ def evaluate(
     weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
     results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),
-               "prefixes": prefixes, "precision": tok.precision}
+               "prefixes": prefixes, "precision": [*map(tok.precision_of, (tok.encoder, tok.decoder))]}
     parts = folder and Path(os.path.expanduser(folder)) / "parts"
     hashes = {str(p): protocol_hash(p) for p in protocols}
     if parts and rank == 0:
@@ -687,7 +687,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codec-rates", nargs="*", type=float, default=[], metavar="BITS", help=rates)
     add("--prefixes", action=argparse.BooleanOptionalAction, default=True,
         help="evaluate every prefix of the scales, and thumbnails; several times the work of all scales")
-    add("--precision", choices=PRECISIONS, default="float32", help="of encoder and decoder")
+    default = "of encoder and decoder; default: float32, but bf16 for decoding on a GPU"
+    add("--precision", choices=PRECISIONS, help=default)
     add("--mode", help="schedule, if not the tokenizer's own")
     add("--batch", type=int, default=8, help="images at a time")
     add("--workers", type=int, default=0, help="processes that read images, for each one that evaluates")

@@ -353,7 +353,7 @@ def describe_job(
         raise ValueError(f"unknown decoder {decoder!r}: one of {', '.join(DECODERS)}")
     coder = coder_for(tok.fingerprint, tok.config.dim)
     job = {"version": SHARD_VERSION, "tokenizer": tok.fingerprint, "config": asdict(tok.config)}
-    job["precision"] = tok.precision
+    job["precision"] = tok.precision_of(tok.encoder)
     job["pictures"] = fingerprint(images)
     job["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:16]
     job |= DECODERS[decoder]

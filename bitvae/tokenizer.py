@@ -33,7 +33,7 @@ class BitVAE(nn.Module):
         self.encoder = Encoder(c.dim, c.channels, c.encoder_multipliers, c.res_blocks, c.stride)
         self.quantizer = MultiScaleBSQ(c.dim, c.mode)
         self.decoder = Decoder(c.dim, c.channels, c.decoder_multipliers, c.res_blocks, c.stride)
-        self.precision = "float32"  # of the networks in `encode` and `decode`, one of `PRECISIONS`
+        self.precision = None  # of the networks in `encode` and `decode`; None: see `precision_of`
 
     def forward(
         self,
@@ -78,6 +78,15 @@ def check_images(
     if (peak := max(-low, high)) > 8:
         raise ValueError(f"images must be in [-1, 1], got up to {peak:.4g}: scale bytes by x / 127.5 - 1")
 
+# %% ../nbs/05_tokenizer.ipynb #25f83404
+@patch
+def precision_of(self: BitVAE, net: nn.Module) -> str:  # one of `PRECISIONS`
+    "Return `precision`, or by default bf16 for a float32 decoder on a GPU that has it, else float32."
+    if self.precision is not None:
+        return self.precision
+    on_gpu = net is self.decoder and self.device.type == "cuda" and self.dtype == torch.float32
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
 # %% ../nbs/05_tokenizer.ipynb #0202ce23
 @patch
 @torch.inference_mode()
@@ -91,9 +100,9 @@ def run_network(
     "Apply one of the networks to a batch without gradients."
     c = self.config  # the first level has the largest activation, at full resolution
     channels = c.channels * max(c.encoder_multipliers[0], c.decoder_multipliers[0])
+    precision, size = self.precision_of(net), pixels * channels * self.dtype.itemsize
     net = partial(tiled_forward, net, rows=rows) if rows else net
-    size = pixels * channels * self.dtype.itemsize
-    with network_precision(self.precision, self.device.type):
+    with network_precision(precision, self.device.type):
         return chunked_forward(net, x.to(self.dtype), activation_bytes=size).to(self.dtype)
 
 # %% ../nbs/05_tokenizer.ipynb #9df52ddd
