@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'PYTHON_WORDS', 'MUTABLE_FIELDS',
            'RENAMED_FIELDS', 'LossConfig', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
-           'parse_setting', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate', 'estimate_cost']
+           'changed_settings', 'parse_setting', 'config_from_run', 'activation_bytes', 'StepNetworks', 'CostEstimate',
+           'estimate_cost']
 
 # %% ../nbs/09_recipes.ipynb #bc844854
 import argparse
@@ -215,6 +216,16 @@ def recipe(
     if model and base.model is None:
         raise ValueError(f"{name} takes its model from init_from: leave out {', '.join(model)}")
     return replace(base, model=base.model and replace(base.model, **model), **overrides)
+
+# %% ../nbs/09_recipes.ipynb #337b99aa
+def changed_settings(config: TrainConfig) -> dict[str, tuple]:  # name -> value of the recipe, value here
+    "Return the settings that differ from the recipe of this name; all of `TrainConfig()` for another name."
+    base = RECIPES.get(config.name, TrainConfig())
+    pairs = {f.name: (getattr(base, f.name), getattr(config, f.name)) for f in fields(TrainConfig)}
+    if base.model and config.model:
+        model = {f.name: (getattr(base.model, f.name), getattr(config.model, f.name)) for f in fields(BitVAEConfig)}
+        pairs = {name: pair for name, pair in pairs.items() if name != "model"} | model
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new and name != "name"}
 
 # %% ../nbs/09_recipes.ipynb #faa51212
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # in JSON

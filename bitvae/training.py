@@ -530,14 +530,15 @@ class Recorder:
         self.log(t.step - 1, parts)
         if due:
             save_checkpoint(t, self.folder / "checkpoints", parts["validation"])
-        if t.step in (1, 10, 100, 1000, c.steps) or t.step % math.ceil(c.steps / 20) == 0:
+        if t.step in (1, 10, 100, 1000, c.steps) or t.step % math.ceil(c.steps / 15) == 0:
             print(self.progress(parts), flush=True)
 
     def progress(self, parts: Mapping[str, float]) -> str:
         "Return a line with losses, speed and time left."
         seconds, steps = float(np.median(self.recent)), self.t.config.steps
         left = seconds * (steps - self.t.step)
-        left = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.1f} minutes"
+        unit, name = next(u for u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if left > u[0] or u[0] == 1)
+        left = f"{left / unit:.{unit > 1:d}f} {name}"
         losses = ", ".join(f"{name} {parts[name]:.3f}" for name in ("loss", "pixels", "latent"))
         speed = f"{seconds:.3g} s per step, {self.t.images_per_step() / seconds:.3g} images per second"
         return f"step {self.t.step:,} of {steps:,}: {losses}; {speed}, {left} left"
