@@ -623,8 +623,8 @@ def train(
     perceptual = perceptual or perceptual_distance(config.perceptual)
     record = gather_objects([describe_run(config, images, accelerator) if main else None], accelerator)[0]
     cost = estimate_cost(config, perceptual, accelerator.num_processes)
-    check_resumable(folder, record, resume)
-    accelerator.print(cost)
+    note = check_resumable(folder, record, resume)
+    accelerator.print(note + "\n" * bool(note) + str(cost))
     t = init_or_resume(config, accelerator, images, perceptual, folder / "checkpoints")
     unreadable = UnreadableImages(folder, t.step, record["images"]["count"], config.max_unreadable)
     recorder = None

@@ -54,7 +54,7 @@ def summary(tables: dict[str, dict], files: list[Path]) -> str:  # title: rows o
             scales = [r for r in rows.values() if "scales" in r]
             pixels = scales[-1]["bits"] / scales[-1]["bits_per_pixel"]
             codec = next((r for name, r in rows.items() if name.split()[0] == row), None)
-            r = {"half of the scales": scales[len(scales) // 2 - 1], "all scales": scales[-1], row: codec}.get(row)
+            r = {row: codec, "half of the scales": scales[len(scales) // 2 - 1], "all scales": scales[-1]}[row]
             r = r or rows[row]
             rate = r.get("bits_per_pixel") or thumbnail_bits(row) / pixels
             cells.append(f"{rate:>20.4f}{r['psnr']:>8.2f}{r['ssim']:>8.3f}")
