@@ -272,9 +272,10 @@ def decode_command(args: argparse.Namespace) -> None:
     with report_time(f"decoding {args.bits}"):
         print(f"written: {decode_file(tok, args.bits, args.image, args.scales, args.force)}")
     if args.scales == 1:
-        (h, w), dim = (bits := Bits.load(args.bits)).schedule[0], bits.dim
-        print(f"The first scale has {h}x{w} tokens, {h * w * dim} bits for the whole image, so it looks flat: "
-              "it holds little more than the mean color.")
+        first = Bits.load(args.bits)[:1]
+        tokens = "x".join(map(str, first.schedule[0]))
+        print(f"The first scale has {tokens} tokens, {first.count} bits for the whole image: it looks flat, "
+              "because it holds little more than the mean color.")
 
 # %% ../nbs/30_cli.ipynb #26ddda59
 @command(argument("tokenizer", help="a folder"),

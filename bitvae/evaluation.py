@@ -643,7 +643,8 @@ def merge_equal_files(rows: Mapping[str, dict]) -> dict[str, dict]:
         codec, _, rate = name.partition(" ")
         key = (codec, row["bits_per_pixel"]) if codec in CODECS and "bits_per_pixel" in row else name
         names.setdefault(key, (name, row, []))[2].append(rate)
-    return {f"{name.split()[0]} {', '.join(r)}" if len(r) > 1 else name: row for name, row, r in names.values()}
+    titles = (f"{name.split()[0]} {', '.join(r)}" if len(r) > 1 else name for name, _, r in names.values())
+    return dict(zip(titles, (row for _, row, _ in names.values()), strict=True))
 
 # %% ../nbs/14_evaluation.ipynb #adeaa1f4
 def results_cells(results: dict, label: str | None = None) -> list[list[str]]:

@@ -107,6 +107,8 @@ def display_figure(fig) -> None:
     from IPython.display import Image as Picture
     from IPython.display import display
 
+    if os.environ.get("MPLBACKEND", "").lower() == "agg":  # as in tests: nothing is shown
+        return
     data, kind = compress_figure(fig)
     display(Picture(data, format=kind, width=round(96 * fig.get_figwidth())))
 

@@ -190,7 +190,7 @@ def plot_scale(
     draw_image(axes[0, 0], to_image(before), f"before: {scale} of {len(bits)} scales")
     draw_image(axes[0, 1], to_image(difference(before, after)), f"difference x 2, scale {h}x{w}")
     draw_image(axes[0, 2], to_image(after), f"after: {scale + 1} of {len(bits)} scales")
-    draw_image(axes[1, 0], plane_grid(token_map).draw(token_map), f"its {token_map.numel():,} bits, by channel")
+    draw_image(axes[1, 0], plane_grid(token_map).draw(token_map), f"its {token_map.numel():,} bits")
     plot_channels(axes[1, 1], bit_stats_of(bits)[scale])
     plot_energy(axes[1, 2], residual_energy(tok.encode_latent(x), bits), scale)
     return fig
@@ -413,12 +413,12 @@ def plot_quality(
         ax.plot(rates, [r[metric] for r in curve], style, color=color, label=title)
         if kind == "bits":
             intervals = [r["interval"].get(metric) or [r[metric]] * 2 for r in curve]
-            options = {"label": "95 % interval over images", "color": "0.88", "lw": 0, "zorder": 0}
+            options = {"label": "95 % interval", "color": "0.88", "lw": 0, "zorder": 0}
             ax.fill_between(rates, *zip(*intervals, strict=True), **options)
     pixels = final_row(rows)["bits"] / final_row(rows)["bits_per_pixel"]
     small = {name: r[metric] for name, r in rows.items() if thumbnail_bits(name)}
     rates = [thumbnail_bits(name) / pixels for name in small]
-    ax.plot(rates, list(small.values()), "D", color="0.45", mfc="white", label="thumbnails, 24 bits per pixel")
+    ax.plot(rates, list(small.values()), "D", color="0.45", mfc="white", label="thumbnails at 24 bits")
     for rate, (name, value) in zip(rates, small.items(), strict=True):
         text = "1x1" if thumbnail_bits(name) == 24 else name.split()[0]
         ax.annotate(text, (rate, value), (0, -11), textcoords="offset points", ha="center", fontsize=7)
@@ -534,8 +534,8 @@ def plot_sphere(
     ax.scatter(*corners.T, color="white", edgecolor="black", s=22, zorder=3, depthshade=False)
     for corner in corners:
         x, y, z = 1.12 * corner
-        ax.text(x, y, z + 0.1 * np.sign(z), "".join("01"[int(c > 0)] for c in corner), fontsize=8, ha="center",
-                va="center", zorder=4)  # fmt: skip
+        bits = "".join("01"[int(c > 0)] for c in corner)
+        ax.text(x, y, z + 0.1 * np.sign(z), bits, fontsize=8, ha="center", va="center", zorder=4)
     code = np.where(v > 0, 1, -1) / 3**0.5
     ax.quiver(0, 0, 0, *v, color="#0072b2", lw=2, arrow_length_ratio=0.12, zorder=5)
     ax.plot(*zip(v, code, strict=True), color="#d55e00", lw=1.8, ls=":", zorder=5)
@@ -550,7 +550,8 @@ def fit_codebook(z: Tensor, size: int, rounds: int = 30) -> Tensor:  # (n, d) ->
     codes = z[:size].clone()
     for _ in range(rounds):
         nearest = torch.cdist(z, codes).argmin(1)
-        codes = torch.stack([z[nearest == i].mean(0) if (nearest == i).any() else codes[i] for i in range(size)])
+        used = nearest.unique()
+        codes[used] = torch.stack([z[nearest == i].mean(0) for i in used])
     return codes
 
 
@@ -577,7 +578,7 @@ def plot_quantizers(
     z = torch.randn(count, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.9, 0.7])
     codebook = fit_codebook(z, 8)
     panels = {  # title: (quantizer, caption)
-        "VQ": (lambda z: codebook[torch.cdist(z, codebook).argmin(1)], "nearest of K = 8 learned vectors, 3 bits"),
+        "VQ": (lambda z: codebook[torch.cdist(z, codebook).argmin(1)], "nearest of K = 8 vectors, 3 bits"),
         "LFQ": (torch.sign, "signs of d = 2 channels, 2 bits"),
         "FSQ": (lambda z: (2 * torch.tanh(z)).round() / 2, "bound, round to L = 5 levels, 4.6 bits"),
         "BSQ": (lambda z: torch.sign(z) / 2**0.5, "normalize, signs of d = 2 channels, 2 bits"),

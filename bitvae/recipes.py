@@ -223,7 +223,8 @@ def changed_settings(config: TrainConfig) -> dict[str, tuple]:  # name -> value 
     base = RECIPES.get(config.name, TrainConfig())
     pairs = {f.name: (getattr(base, f.name), getattr(config, f.name)) for f in fields(TrainConfig)}
     if base.model and config.model:
-        model = {f.name: (getattr(base.model, f.name), getattr(config.model, f.name)) for f in fields(BitVAEConfig)}
+        names = [f.name for f in fields(BitVAEConfig)]
+        model = {name: (getattr(base.model, name), getattr(config.model, name)) for name in names}
         pairs = {name: pair for name, pair in pairs.items() if name != "model"} | model
     return {name: (old, new) for name, (old, new) in pairs.items() if old != new and name != "name"}
 

@@ -537,7 +537,8 @@ class Recorder:
         "Return a line with losses, speed and time left."
         seconds, steps = float(np.median(self.recent)), self.t.config.steps
         left = seconds * (steps - self.t.step)
-        unit, name = next(u for u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if left > u[0] or u[0] == 1)
+        units = (3600, "hours"), (60, "minutes"), (1, "seconds")
+        unit, name = next((u for u in units if left > u[0]), units[-1])
         left = f"{left / unit:.{unit > 1:d}f} {name}"
         losses = ", ".join(f"{name} {parts[name]:.3f}" for name in ("loss", "pixels", "latent"))
         speed = f"{seconds:.3g} s per step, {self.t.images_per_step() / seconds:.3g} images per second"

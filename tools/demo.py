@@ -44,8 +44,8 @@ def train(folder: Path, recipe: str, shown: Path) -> None:
 def summary(tables: dict[str, dict], files: list[Path]) -> str:  # title: rows of `evaluate`
     "Return one table: bits per pixel, PSNR and SSIM of both tokenizers, side by side with baselines."
     names = ", ".join(file.stem for file in files)
-    lines = [f"Means over {names}. The two tokenizers work at different sizes and numbers of bits, so compare",
-             "each with the baselines of its own columns, not with the other.", "",
+    lines = [f"Means over {names}. The two tokenizers work at different sizes and numbers of bits,",
+             "so compare each with the baselines in its own columns, not with the other one.", "",
              " " * 18 + "".join(f"{title:>36}" for title in tables),
              " " * 18 + "".join(f"{'bits/pixel':>20}{'PSNR':>8}{'SSIM':>8}" for _ in tables)]  # fmt: skip
     for row in ("mean colour", "8x8 thumbnail", "half of the scales", "all scales", *CODECS):
@@ -54,8 +54,8 @@ def summary(tables: dict[str, dict], files: list[Path]) -> str:  # title: rows o
             scales = [r for r in rows.values() if "scales" in r]
             pixels = scales[-1]["bits"] / scales[-1]["bits_per_pixel"]
             codec = next((r for name, r in rows.items() if name.split()[0] == row), None)
-            r = {row: codec, "half of the scales": scales[len(scales) // 2 - 1], "all scales": scales[-1]}[row]
-            r = r or rows[row]
+            named = {"half of the scales": scales[len(scales) // 2 - 1], "all scales": scales[-1]}
+            r = named.get(row) or codec or rows[row]
             rate = r.get("bits_per_pixel") or thumbnail_bits(row) / pixels
             cells.append(f"{rate:>20.4f}{r['psnr']:>8.2f}{r['ssim']:>8.3f}")
         lines.append(f"{row + ', smallest' if row in CODECS else row:18}{''.join(cells)}")
@@ -89,8 +89,8 @@ def main() -> None:
         titles += [f"{title}, {size}x{size}, {bits:,} bits"] * len(files)
     show_images(images, titles, columns=4, width=2.4).savefig(folder / "both.png")
     minutes = (time.monotonic() - started) / 60
-    print(f"\n{summary(tables, files)}\n\nDone in {minutes:.1f} minutes. Files:\n{FILES.format(shown=shown)}\n\n"
-          f"What to do next:\n{NEXT.format(shown=shown)}")
+    print(f"\n{summary(tables, files)}\n\nDone in {minutes:.1f} minutes. Files:\n{FILES.format(shown=shown)}")
+    print(f"\nWhat to do next:\n{NEXT.format(shown=shown)}")
 
 
 if __name__ == "__main__":

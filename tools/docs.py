@@ -189,7 +189,7 @@ class Notebook:
                 ending = mime.partition("/")[2]
                 path = f"files/{self.name}/{len(self.pictures)}.{ending}"
                 self.pictures[path] = base64.b64decode("".join(data[mime]))
-                width = out.get("metadata", {}).get(mime, {}).get("width")  # of a figure with two pixels per dot
+                width = out.get("metadata", {}).get(mime, {}).get("width")
                 size = f" width={width}" if width else ""
                 return f"![output]({relative(path, self.page)}){{ loading=lazy{size} }}\n"
         if "text/html" in data:
