@@ -239,7 +239,7 @@ def bits_files(files: Sequence[str], folder: str | None) -> list[tuple[str, str]
     Path(folder).mkdir(parents=True, exist_ok=True)
     return pairs
 
-
+# %% ../nbs/30_cli.ipynb #9cadd3d0
 @command(argument("files", nargs="+", metavar="FILE",
                   help="an image in any format that Pillow reads and the bits file; with --folder: images"),
          argument("--folder", help="encode several images, each into NAME.bits in this folder"),

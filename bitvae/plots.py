@@ -554,7 +554,7 @@ def fit_codebook(z: Tensor, size: int, rounds: int = 30) -> Tensor:  # (n, d) ->
         codes[used] = torch.stack([z[nearest == i].mean(0) for i in used])
     return codes
 
-
+# %% ../nbs/20_plots.ipynb #eb60db04
 def draw_quantizer(ax, z: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
     "Draw latents (n, 2), their codes, and the regions of the plane with one code."
     line = torch.linspace(-2.2, 2.2, 441)
