@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'TOKENIZER', 'PRECISION', 'PROCESSES', 'argument', 'arguments_of', 'command', 'info_command',
            'build_parser', 'NotebookError', 'expand_home', 'main', 'train_command', 'evaluate_command',
-           'fetch_lpips_command', 'make_list_command', 'encode_command', 'decode_command', 'fit_coder_command',
-           'push_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command', 'collapse_progress',
-           'private_kernel_manager', 'forward_interrupts', 'notebook_parameters', 'run_notebook', 'find_notebook',
-           'run_command']
+           'fetch_lpips_command', 'make_list_command', 'report_time', 'bits_files', 'encode_command', 'decode_command',
+           'fit_coder_command', 'push_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command',
+           'collapse_progress', 'private_kernel_manager', 'forward_interrupts', 'notebook_parameters', 'run_notebook',
+           'find_notebook', 'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -197,23 +198,60 @@ def make_list_command(args: argparse.Namespace) -> None:
     print(f"{write_list(args.folder, file, args.labels)} images listed: {file}")
 
 # %% ../nbs/30_cli.ipynb #3209b97d
-@command(argument("image", help="any file that Pillow reads"),
-         argument("bits", help="the file to write"),
+@contextmanager
+def report_time(work: str, first: float = 2, every: float = 10) -> Iterator[None]:
+    "Print a line on standard error when the block has run for some seconds, and again every ten."
+    done, start = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        wait = first
+        while not done.wait(wait):
+            print(f"{work}: {time.monotonic() - start:.0f} s so far", file=sys.stderr, flush=True)
+            wait = every
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def bits_files(files: Sequence[str], folder: str | None) -> list[tuple[str, str]]:  # image, bits file
+    "Pair images with the files to write; raise `ValueError` if it is unclear where to."
+    if folder is None:
+        if len(files) != 2:
+            raise ValueError("give an image and a bits file, or images and --folder for their bits files")
+        return [tuple(files)]
+    pairs = [(file, str(Path(folder, Path(file).stem + ".bits"))) for file in files]
+    if len({target for _, target in pairs}) < len(pairs):
+        raise ValueError("two images have the same name without its ending: encode them into two folders")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return pairs
+
+# %% ../nbs/30_cli.ipynb #9cadd3d0
+@command(argument("files", nargs="+", metavar="FILE",
+                  help="an image in any format that Pillow reads and the bits file; with --folder: images"),
+         argument("--folder", help="encode several images, each into NAME.bits in this folder"),
          TOKENIZER, argument("--mode", help="schedule, if not the tokenizer's own"),
          argument("--size", type=int, metavar="PIXELS", help="side of the center crop; none if not given"),
          argument("--raw", action="store_true", help="do not compress"), PRECISION)
 def encode_command(args: argparse.Namespace) -> None:
-    "Encode an image into a bits file."
+    "Encode an image, or several, into bits files."
     from bitvae import BitVAE
     from bitvae.bitstream import describe_file, encode_file
     from bitvae.images import staging_path
 
+    pairs = bits_files(args.files, args.folder)
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode, optimize=True)
     tok.precision = args.precision
-    file = staging_path(args.bits)  # /dev/stdout is another file afterwards
-    encode_file(tok, args.image, args.bits, args.size, not args.raw)
-    if Path(args.bits).is_file():  # no device or FIFO
-        print(describe_file(file))
+    for image, bits in pairs:
+        file = staging_path(bits)  # /dev/stdout is another file afterwards
+        with report_time(f"encoding {image}"):
+            encode_file(tok, image, bits, args.size, not args.raw)
+        if Path(bits).is_file():  # no device or FIFO
+            print(describe_file(file))
 
 # %% ../nbs/30_cli.ipynb #f092fffe
 @command(argument("bits", help="of one image"),
@@ -224,12 +262,18 @@ def encode_command(args: argparse.Namespace) -> None:
          PRECISION)
 def decode_command(args: argparse.Namespace) -> None:
     "Decode a bits file into an image."
-    from bitvae import BitVAE
+    from bitvae import Bits, BitVAE
     from bitvae.bitstream import decode_file
 
     tok = BitVAE.from_pretrained(args.tokenizer, optimize=True)
     tok.precision = args.precision
-    print(f"written: {decode_file(tok, args.bits, args.image, args.scales, args.force)}")
+    with report_time(f"decoding {args.bits}"):
+        print(f"written: {decode_file(tok, args.bits, args.image, args.scales, args.force)}")
+    if args.scales == 1:
+        first = Bits.load(args.bits)[:1]
+        tokens = "x".join(map(str, first.schedule[0]))
+        print(f"The first scale has {tokens} tokens, {first.count} bits for the whole image: it looks flat, "
+              "because it holds little more than the mean color.")
 
 # %% ../nbs/30_cli.ipynb #26ddda59
 @command(argument("tokenizer", help="a folder"),
@@ -250,7 +294,8 @@ def fit_coder_command(args: argparse.Namespace) -> None:
     if file.exists():
         raise ValueError(f"{file} is there already, and files compressed with it need it: move it away first")
     tok = BitVAE.from_pretrained(folder, optimize=True)
-    print(f"written: {save_coder(fit_coder(tok, args.images, args.count), file)}")
+    with report_time(f"fitting on {args.count} crops"):
+        print(f"written: {save_coder(fit_coder(tok, args.images, args.count), file)}")
 
 # %% ../nbs/30_cli.ipynb #8f29757c
 @command(argument("tokenizer", help="a folder, a checkpoint, or a name"),
@@ -298,7 +343,8 @@ def verify_command(args: argparse.Namespace) -> None:
     "Verify every image of a token data set."
     from bitvae.token_dataset import verify_dataset
 
-    manifest = verify_dataset(args.folder)
+    with report_time(f"verifying {args.folder}"):
+        manifest = verify_dataset(args.folder)
     failed = f"; {manifest['failed']} were left out" if manifest["failed"] else ""
     counts = f"{manifest['count']:,} images in {len(manifest['shards'])} shards"
     print(f"{counts}, all complete, by tokenizer {manifest['tokenizer']}{failed}")

@@ -11,9 +11,10 @@ __all__ = ['THUMBNAILS', 'CODECS', 'LIBRARIES', 'METRICS', 'FeatureView', 'SET_M
            'evaluate_pending', 'reference_files', 'load_references', 'sample_features', 'update_references',
            'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'evaluate_group',
            'check_settings', 'collect_warnings', 'evaluate', 'protocol_rows', 'final_row', 'metric_names',
-           'results_table', 'save_results', 'read_results', 'add_evaluate_arguments', 'evaluate_arguments',
-           'evaluate_from_args', 'main', 'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups',
-           'rank_results', 'published_table']
+           'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table', 'markdown_table', 'save_results',
+           'read_results', 'add_evaluate_arguments', 'evaluate_arguments', 'evaluate_from_args', 'main',
+           'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results',
+           'published_table']
 
 # %% ../nbs/14_evaluation.ipynb #353c59f3
 import argparse
@@ -28,7 +29,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -631,19 +632,51 @@ HIGHER_IS_BETTER = (
 METRIC_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "fid": "FID", "kid": "KID"}
 
 
-def results_table(results: dict, label: str | None = None) -> str:
-    "Format the means of a protocol (see `protocol_rows`) as text."
-    rows = protocol_rows(results, label)
+def thumbnail_bits(name: str) -> int | None:
+    "Return the bits of a thumbnail without compression, 24 per pixel, from its row's name; None for others."
+    if name == "mean colour":
+        return 24
+    return 24 * int(name.split("x")[0]) ** 2 if name.endswith(" thumbnail") else None
+
+
+def merge_equal_files(rows: Mapping[str, dict]) -> dict[str, dict]:
+    "Merge rows of a codec with the same files: no JPEG file of a small image reaches a low rate."
+    names = {}
+    for name, row in rows.items():
+        codec, _, rate = name.partition(" ")
+        key = (codec, row["bits_per_pixel"]) if codec in CODECS and "bits_per_pixel" in row else name
+        names.setdefault(key, (name, row, []))[2].append(rate)
+    titles = (f"{name.split()[0]} {', '.join(r)}" if len(r) > 1 else name for name, _, r in names.values())
+    return dict(zip(titles, (row for _, row, _ in names.values()), strict=True))
+
+# %% ../nbs/14_evaluation.ipynb #adeaa1f4
+def results_cells(results: dict, label: str | None = None) -> list[list[str]]:
+    "Return the means of a protocol (see `protocol_rows`) as a table of text, its header first."
+    rows = merge_equal_files(protocol_rows(results, label))
+    pixels = final_row(rows)["bits"] / final_row(rows)["bits_per_pixel"]
     titles = {m: METRIC_TITLES.get(m, m) for m in metric_names(rows)}
-    formats = ["16", ">11", ">9", ">12", *(f">{max(len(title) + 2, 10)}" for title in titles.values())]
     table = [["", "last scale", "bits", "bits/pixel", *titles.values()]]
     for name, row in rows.items():
         scale = "x".join(map(str, row.get("last_scale", ())))
-        rate = f"{row['bits_per_pixel']:.4f}" if "bits_per_pixel" in row else ""
+        bits = row.get("bits", thumbnail_bits(name))
+        rate = row.get("bits_per_pixel", bits and bits / pixels)
         values = [f"{row[m]:.{2 if m in ('psnr', 'fid') else 3}f}" if m in row else "" for m in titles]
-        table.append([name, scale, row.get("bits", ""), rate, *values])
-    lines = ["".join(map(format, cells, formats)) for cells in table]
+        table.append([name, scale, f"{bits or ''}", f"{rate:.4f}" if rate else "", *values])
+    return table
+
+
+def results_table(results: dict, label: str | None = None) -> str:
+    "Format the means of a protocol (see `protocol_rows`) as text."
+    header, *rows = results_cells(results, label)
+    formats = ["16", ">11", ">9", ">12", *(f">{max(len(title) + 2, 10)}" for title in header[4:])]
+    lines = ["".join(map(format, cells, formats)) for cells in (header, *rows)]
     return "\n".join(lines + [f"Note: {note}." for note in results["warnings"]])
+
+# %% ../nbs/14_evaluation.ipynb #0138868c
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
+    "Format a table as Markdown."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 # %% ../nbs/14_evaluation.ipynb #da7d3abb
 def save_results(results: dict, file: str | os.PathLike) -> Path:

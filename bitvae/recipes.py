@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'MUTABLE_FIELDS', 'RENAMED_FIELDS',
            'PYTHON_WORDS', 'LossConfig', 'TrainConfig', 'check_config', 'lr_multiplier', 'published_stages', 'recipe',
-           'config_from_run', 'parse_setting', 'field_comments', 'type_name', 'describe_recipe', 'HelpFormatter',
-           'add_train_arguments']
+           'changed_settings', 'config_from_run', 'parse_setting', 'field_comments', 'type_name', 'describe_recipe',
+           'HelpFormatter', 'add_train_arguments']
 
 # %% ../nbs/09_recipes.ipynb #bc844854
 import argparse
@@ -211,6 +211,17 @@ def recipe(
     if model and base.model is None:
         raise ValueError(f"{name} takes its model from init_from: leave out {', '.join(model)}")
     return replace(base, model=base.model and replace(base.model, **model), **overrides)
+
+# %% ../nbs/09_recipes.ipynb #337b99aa
+def changed_settings(config: TrainConfig) -> dict[str, tuple]:  # name -> value of the recipe, value here
+    "Return the settings that differ from the recipe of this name; all of `TrainConfig()` for another name."
+    base = RECIPES.get(config.name, TrainConfig())
+    pairs = {f.name: (getattr(base, f.name), getattr(config, f.name)) for f in fields(TrainConfig)}
+    if base.model and config.model:
+        names = [f.name for f in fields(BitVAEConfig)]
+        model = {name: (getattr(base.model, name), getattr(config.model, name)) for name in names}
+        pairs = {name: pair for name, pair in pairs.items() if name != "model"} | model
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new and name != "name"}
 
 # %% ../nbs/09_recipes.ipynb #940536ac
 MUTABLE_FIELDS = ("max_unreadable", "activation_checkpointing", "compile", "cuda_graph", "deterministic",

@@ -178,19 +178,24 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict]:
         raise RunExistsError(f"{problem}: choose another folder") from None
 
 # %% ../nbs/11_run_dir.ipynb #cfaaea3c
-def check_resumable(run_dir: Path, record: dict, resume: bool) -> None:
+def check_resumable(run_dir: Path, record: dict, resume: bool) -> str:  # a note for the user, or ""
     "Raise `RunExistsError` if the folder holds another run, or any run unless `resume`."
     if not has_run(run_dir):
-        return
+        return ""
     config, old = read_run(run_dir)
-    theirs = resume_key(old)
+    theirs, ours = resume_key(old), resume_key(record)
     run = f"{run_dir} already holds a run of recipe {config.name!r}"
     if not resume:
         raise RunExistsError(f"{run}: continue it with resume=True (--resume), or choose another folder")
-    ours = resume_key(record)
-    different = [f"{k} ({theirs.get(k)!r} there, {v!r} here)" for k, v in ours.items() if theirs.get(k) != v]
+    different = {k: (theirs.get(k), v) for k, v in ours.items() if theirs.get(k) != v}
+    finished = (run_dir / "tokenizer" / "config.json").exists()
+    if [*different] == ["steps"] and finished and ours["steps"] > theirs["steps"]:
+        schedule = "with a new schedule: the learning rate rises to what it is at this step of the longer run"
+        return f"{run}, finished after {theirs['steps']:,} steps: continuing to {ours['steps']:,}, {schedule}"
     if different:
-        raise RunExistsError(f"{run} with other values: {', '.join(different)}; choose another folder")
+        values = ", ".join(f"{k} ({old!r} there, {new!r} here)" for k, (old, new) in different.items())
+        raise RunExistsError(f"{run} with other values: {values}; choose another folder")
+    return ""
 
 # %% ../nbs/11_run_dir.ipynb #a16bd6f0
 @contextmanager
@@ -204,7 +209,7 @@ def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
             if has_run(run_dir):
                 old = read_run(run_dir)[1]
                 keys = ("decoder", "resizer", "versions", "commit", "device", "processes", "threads")
-                session = {k: old.get(k) for k in keys}
+                session = {"steps": old["config"]["steps"]} | {k: old.get(k) for k in keys}
                 before = [*old.get("before", []), {"until": step, **session}]
             with atomic_write(run_dir / "run.json") as part:
                 part.write_text(json.dumps(record | {"before": before}, indent=1) + "\n")

@@ -532,14 +532,16 @@ class Recorder:
         self.log(t.step - 1, parts)
         if due:
             save_checkpoint(t, self.folder / "checkpoints", parts["validation"])
-        if t.step in (1, 10, 100, 1000, c.steps) or t.step % math.ceil(c.steps / 20) == 0:
+        if t.step in (1, 10, 100, 1000, c.steps) or t.step % math.ceil(c.steps / 15) == 0:
             print(self.progress(parts), flush=True)
 
     def progress(self, parts: Mapping[str, float]) -> str:
         "Return a line with losses, speed and time left."
         seconds, steps = float(np.median(self.recent)), self.t.config.steps
         left = seconds * (steps - self.t.step)
-        left = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.1f} minutes"
+        units = (3600, "hours"), (60, "minutes"), (1, "seconds")
+        unit, name = next((u for u in units if left > u[0]), units[-1])
+        left = f"{left / unit:.{unit > 1:d}f} {name}"
         losses = ", ".join(f"{name} {parts[name]:.3f}" for name in ("loss", "pixels", "latent"))
         speed = f"{seconds:.3g} s per step, {self.t.images_per_step() / seconds:.3g} images per second"
         return f"step {self.t.step:,} of {steps:,}: {losses}; {speed}, {left} left"
@@ -639,8 +641,8 @@ def train(
     perceptual = perceptual or perceptual_distance(config.perceptual)
     record = gather_objects([describe_run(config, images, accelerator) if main else None], accelerator)[0]
     cost = estimate_cost(config, perceptual, accelerator.num_processes)
-    check_resumable(folder, record, resume)
-    accelerator.print(cost)
+    note = check_resumable(folder, record, resume)
+    accelerator.print(note + "\n" * bool(note) + str(cost))
     t = init_or_resume(config, accelerator, images, perceptual, folder / "checkpoints")
     unreadable = UnreadableImages(folder, t.step, record["images"]["count"], config.max_unreadable)
     recorder = None

@@ -35,17 +35,17 @@ PAGES = {  # file of the repository: page
     "bitvae/assets/held_out/ATTRIBUTION.md": "held-out.md",
 }
 GALLERY = [  # notebook, number of its picture, what it shows
-    ("05_tokenizer", 0, "A photograph after one scale, two scales, ..., all of them"),
-    ("03_quantizer", 2, "Bits, residual and reconstruction, scale by scale"),
+    ("41_gallery", 0, "A picture from the first scale to all of them, with its bits"),
+    ("41_gallery", 1, "Bits, residual and reconstruction, scale by scale"),
+    ("41_gallery", 2, "Binary spherical quantization: a vector and its code"),
+    ("41_gallery", 3, "VQ, LFQ, FSQ and BSQ on the same latents"),
+    ("41_gallery", 6, "Flipped bits, with and without correction by later scales"),
+    ("41_gallery", 7, "Coarse scales of one image, fine scales of another"),
+    ("41_gallery", 5, "One scale: its bits, and what it adds to the image"),
+    ("41_gallery", 8, "How much the image changes when one bit flips"),
+    ("41_gallery", 9, "Rate and distortion, with JPEG and WebP beside"),
     ("01_schedules", 2, "Scale schedules: any aspect ratio, coarse to fine"),
-    ("15_bit_edits", 5, "Flipped bits, with and without correction by later scales"),
-    ("15_bit_edits", 4, "Coarse scales of one image, fine scales of another"),
     ("16_teacher_forcing", 1, "What an autoregressive model sees: true, flipped, self-corrected"),
-    ("20_plots", 13, "Rate and distortion, with JPEG and WebP beside"),
-    ("20_plots", 12, "Statistics of the bits, channel by channel"),
-    ("04_autoencoder", 2, "The receptive field of one token"),
-    ("13_metrics", 1, "One reconstruction, three definitions of SSIM"),
-    ("20_plots", 6, "One scale: its bits, and what it adds to the image"),
     ("viewer/24_app", 3, "The viewer: a click flips a bit"),
 ]
 CSS = """
@@ -189,7 +189,9 @@ class Notebook:
                 ending = mime.partition("/")[2]
                 path = f"files/{self.name}/{len(self.pictures)}.{ending}"
                 self.pictures[path] = base64.b64decode("".join(data[mime]))
-                return f"![output]({relative(path, self.page)}){{ loading=lazy }}\n"
+                width = out.get("metadata", {}).get(mime, {}).get("width")
+                size = f" width={width}" if width else ""
+                return f"![output]({relative(path, self.page)}){{ loading=lazy{size} }}\n"
         if "text/html" in data:
             return f"<div>{''.join(data['text/html'])}</div>\n"
         if "text/markdown" in data:
@@ -307,8 +309,8 @@ def gallery(notebooks: dict[str, Notebook]) -> str:
     "Return the first page: what the package does, in pictures that link to their notebooks."
     lines = ["# bitvae", "",
              "The bitwise visual tokenizer: an image into bits, coarse to fine, and back.", "",
-             "![A photograph and its reconstructions](files/index_files/index_1_0.png)", "",
-             "A held-out photograph and its reconstructions from one scale, two scales, ..., all ten. "
+             "![Photographs and their reconstructions](files/index_files/index_1_0.jpg)", "",
+             "Two held-out photographs and their reconstructions from the first scale to all ten. "
              "[Overview](overview.md) installs the package and shows the most important commands; every "
              "picture below links to the notebook that makes it.", "", '<div class="gallery">']
     for name, number, what in GALLERY:
