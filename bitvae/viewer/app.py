@@ -168,7 +168,7 @@ class Tabs(Panel):
         self.source, self.bits = source, BitsPanel(state, sample_photographs(), lambda: source.current[2])
         self.scale, self.sensitivity = ScalePanel(state), SensitivityPanel(state)
         self.save = SavePanel(state, lambda: source.current[0].name)
-        self.panels = {"bits and edits": self.bits, "what a scale adds": self.scale,
+        self.panels = {"edit bits": self.bits, "one scale": self.scale,
                        "sensitivity": self.sensitivity, "save": self.save}  # fmt: skip
         boxes = [panel.box for panel in self.panels.values()]
         self.box = W.Tab(boxes, titles=list(self.panels), selected_index=0)

@@ -182,7 +182,7 @@ class ScaleStrip(Panel):
             self.drawn, sizes = session.state, session.bits.schedule[: session.scales]
             with self.box.hold_sync():
                 self.box.images = [b""] * len(sizes)
-                self.box.titles = [f"scale{'s 0 to' * (k > 0)} {k}\n+ {h}x{w}" for k, (h, w) in enumerate(sizes)]
+                self.box.titles = [f"to scale {k}\n({h}x{w})" for k, (h, w) in enumerate(sizes)]
             size = max(8, self.side * W_ // max(H, W_)), max(8, self.side * H // max(H, W_))
             self.job.start(thumbnails(session, session.state, size), self.add)
         self.box.selected = self.k - 1
@@ -202,8 +202,8 @@ class ImagesPanel(Panel):
     def __init__(self, state: ViewerState):
         super().__init__(state)
         self.strip, self.compare, self.description = ScaleStrip(state), CompareWidget(), W.HTML()
-        limits = {"min": 1, "max": state.session.scales}
-        self.slider = W.IntSlider(value=state.k, description="scales used", **limits)
+        limits, wide = {"min": 1, "max": state.session.scales}, {"width": "360px", "max_width": "100%"}
+        self.slider = W.IntSlider(value=state.k, description="scales used", layout=wide, **limits)
         self.play = W.Play(value=1, interval=700, tooltip="play coarse to fine", **limits)
         self.kind = W.ToggleButtons(options=["error", "change by edits"], **TOGGLES)
         self.layout = W.ToggleButtons(options=["side by side", "swipe"], **TOGGLES)
@@ -253,14 +253,15 @@ class EditsPanel(Panel):
     def __init__(self, state: ViewerState, others: Sequence[ImageSource], size: Callable[[], int | None]):
         "`others` are images to take scales from, at the resolution `size()`."
         super().__init__(state)
-        self.size, self.last_k, self.count, wide = size, None, W.HTML(), {"description_width": "110px"}
+        self.size, self.last_k, self.count, wide = size, None, W.HTML(), {"description_width": "100px"}
         self.scales = W.SelectMultiple(description="scales to edit", style=wide)
         self.channel = W.Dropdown(options=["all"], description="channels", style=wide)
         self.fraction = W.BoundedFloatText(value=0.2, max=1, step=0.05, description="fraction", style=wide)
         self.other = W.Dropdown(options=[(p.name, p) for p in others], description="other image", style=wide)
-        self.first = W.BoundedIntText(value=5, min=1, description="number of scales", style=wide)
+        self.first = W.BoundedIntText(value=5, min=1, description="scales to take", style=wide)
         self.correct = W.Checkbox(description="later scales correct the edits", indent=False)
-        self.buttons = {name: W.Button(description=name, tooltip=text) for name, text in BUTTONS.items()}
+        auto = {"width": "auto"}
+        self.buttons = {n: W.Button(description=n, tooltip=text, layout=auto) for n, text in BUTTONS.items()}
         for name, button in self.buttons.items():
             button.on_click(lambda _, name=name: state.run(self.actions()[name]))
         self.channel.observe(lambda change: state.run(lambda: None), "value")
@@ -268,7 +269,7 @@ class EditsPanel(Panel):
         several, b = W.HTML("Ctrl or Shift chooses several, Ctrl+A all"), self.buttons
         rows = [
             [self.scales], [several], [self.channel], [self.fraction, b["flip this fraction"]],
-            [b["randomize"], b["set to 0"]], [self.other], [self.first, b["take its coarse scales"]],
+            [b["randomize"], b["set to 0"]], [self.other], [self.first, b["take coarse scales"]],
             [self.correct], [b["undo"], b["reset"], self.count],
         ]  # fmt: skip
         self.box = W.VBox([W.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows])
@@ -278,7 +279,7 @@ BUTTONS = {
     "flip this fraction": "flip randomly chosen bits of the scales and channels above",
     "randomize": "replace the bits of the scales and channels above by random ones",
     "set to 0": "set the bits of the scales and channels above to 0",
-    "take its coarse scales": "replace the first scales by those of the other image",
+    "take coarse scales": "replace the first scales by those of the other image",
     "undo": "remove the last edit",
     "reset": "remove all edits",
 }
@@ -292,7 +293,7 @@ def actions(self: EditsPanel) -> dict[str, Callable]:
         "flip this fraction": lambda: self.edit(FlipFraction, self.fraction.value, seed),
         "randomize": lambda: self.edit(FlipFraction, 0.5, seed),
         "set to 0": lambda: self.edit(Fill, False),
-        "take its coarse scales": self.take,
+        "take coarse scales": self.take,
         "undo": self.session.undo,
         "reset": self.session.reset,
     }
@@ -348,8 +349,8 @@ class BitsPanel(Panel):
         self.edits.scales.observe(lambda change: self.draw_planes(), "value")
         first = W.VBox([self.title, self.planes], layout={"flex": "1 1 260px", "max_width": "720px"})
         last = W.VBox([W.HTML("<b>The same in Python</b>"), self.python], layout={"flex": "1 1 260px"})
-        text = "Each square is a channel of one scale, white 1 and black 0. Click a bit, or move to it with the "
-        text += "arrow keys and press Enter: it flips, and you see its effect in the reconstruction above."
+        text = "Each square is a channel of one scale, white 1 and black 0. Click a bit, or move to it with "
+        text += "the arrow keys and press Enter: it flips, and the reconstruction above shows the effect."
         self.box = W.VBox([W.HTML(paragraph(text)), W.HBox([first, self.edits.box, last], layout=WRAP)])
 
     @property
@@ -392,8 +393,8 @@ class ScalePanel(Panel):
         self.title, self.difference, self.charts = W.HTML(), ImageWidget(width=640), W.HTML()
         column = {"flex": "1 1 240px", "max_width": "640px"}
         columns = [W.VBox(c, layout=column) for c in ([self.title, self.difference], [self.charts])]
-        text = "What the last scale in use changes in the image: gray is no change, colors are twice as strong. "
-        text += "Its bits are well used if half of them are 1 in each channel, which is 1 bit of entropy. The "
+        text = "What the last scale in use changes in the image, twice as strong; gray is no change. A "
+        text += "channel is well used if half of its bits are 1 (bars), which is an entropy of 1 bit (dots). The "
         text += "residual energy is what is left of the latent after so many scales."
         self.box = W.VBox([W.HTML(paragraph(text)), W.HBox(columns, layout=WRAP)])
 
@@ -462,8 +463,7 @@ class SensitivityPanel(Panel):
         self.measure.on_click(lambda _: state.run(self.start))
         self.cancel.on_click(lambda _: self.end())
         text = "Which bits matter? Each measurement flips one bit and decodes: the number is the change of "
-        text += "the whole image, in gray levels. More bits per scale and channel take longer and give steadier "
-        text += "means."
+        text += "the whole image, in gray levels. More bits per scale and channel give steadier means."
         row = W.HBox([self.samples, self.measure, self.cancel, self.progress], layout=WRAP)
         self.box = W.VBox([W.HTML(paragraph(text)), row, self.map])
 
@@ -569,7 +569,7 @@ def flip(self: TourPanel) -> None:
     self.explain(
         f"One in five bits of scales 0 to {n // 2 - 1} is flipped, and the later scales correct it: the last "
         f"image has {corrected:.1f} dB, without flips {unedited:.1f} dB, and {damaged:.1f} dB if the later "
-        "scales stay as they were. Untick “later scales correct the edits” in “bits and edits” to see that.",
+        "scales stay as they were. Untick “later scales correct the edits” in “edit bits” to see that.",
         play=True,
     )
 

@@ -60,7 +60,7 @@ export default { render };"""
 IMAGE_CSS = """
 .bitvae-image { position: relative; line-height: 0; }
 .bitvae-image:focus-visible { outline: 3px solid #d55e00; outline-offset: 2px; }
-.bitvae-image img { width: 100%; height: auto; }
+.bitvae-image img { width: 100%; height: auto; outline: 1px solid #888; }
 .bitvae-image img.bitvae-pixels { image-rendering: pixelated; }
 .bitvae-image img.bitvae-interactive { cursor: crosshair; }
 .bitvae-mark { position: absolute; width: 9px; height: 9px; margin: -5px 0 0 -5px; pointer-events: none;
@@ -228,8 +228,8 @@ COMPARE_CSS = BUTTON_CSS + """
 .bitvae-swipe .bitvae-reconstruction figcaption { margin-left: 30%; text-align: right; }
 .bitvae-swipe .bitvae-reconstruction .bitvae-frame { cursor: ew-resize; touch-action: none;
   clip-path: inset(0 0 0 calc(var(--split) - 1px)); }
-.bitvae-swipe .bitvae-reconstruction .bitvae-frame::after { content: ""; position: absolute; left: var(--split);
-  top: 0; bottom: 0; width: 3px; margin-left: -1px; background: #d55e00; border: solid white; border-width: 0 1px; }
+.bitvae-swipe .bitvae-reconstruction .bitvae-frame::after { content: ""; position: absolute; width: 3px;
+  top: 0; bottom: 0; left: var(--split); margin-left: -1px; background: #d55e00; border: 1px solid white; }
 .bitvae-tools { margin-top: 6px; }"""
 
 # %% ../../nbs/viewer/22_widgets.ipynb #1bfe1fe3
@@ -252,6 +252,7 @@ class CompareWidget(anywidget.AnyWidget):
 
 # %% ../../nbs/viewer/22_widgets.ipynb #d012b87e
 STRIP_JS = """
+const EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";  // transparent
 function render({ model, el }) {
   const row = document.createElement("div");
   row.className = "bitvae-strip"; el.append(row);
@@ -269,20 +270,21 @@ function render({ model, el }) {
       span.textContent = titles[i]; img.alt = "";
       if (img.value === images[i]) continue;
       URL.revokeObjectURL(img.src);
-      img.value = images[i]; img.style.visibility = images[i].byteLength ? "visible" : "hidden";
-      img.src = URL.createObjectURL(new Blob([images[i]], { type: "image/jpeg" }));
+      img.value = images[i];
+      img.src = images[i].byteLength ? URL.createObjectURL(new Blob([images[i]], { type: "image/jpeg" })) : EMPTY;
     }
   };
   model.on("change", show); show();
 }
 export default { render };"""
 STRIP_CSS = """
-.bitvae-strip { display: grid; gap: 2px; grid-template-columns: repeat(auto-fit, minmax(64px, 1fr)); }
-.bitvae-strip button { padding: 3px; border: 3px solid transparent; background: none; color: inherit;
-  font: inherit; font-size: 12px; line-height: 1.3; white-space: pre-line; cursor: pointer; max-width: 180px; }
+.bitvae-strip { display: flex; flex-wrap: wrap; gap: 2px; }
+.bitvae-strip button { flex: 1 1 62px; max-width: 180px; padding: 3px; border: 3px solid transparent;
+  background: none; color: inherit; cursor: pointer; font: inherit; font-size: 12px; line-height: 1.3;
+  white-space: pre-line; }
 .bitvae-strip button[aria-pressed=true] { border-color: #d55e00; font-weight: bold; }
 .bitvae-strip button:focus-visible { outline: 2px dashed currentColor; }
-.bitvae-strip img { width: 100%; min-height: 56px; display: block; }"""
+.bitvae-strip img { width: 100%; display: block; background: #8883; }"""
 
 # %% ../../nbs/viewer/22_widgets.ipynb #9aa00196
 class StripWidget(anywidget.AnyWidget):
@@ -355,6 +357,6 @@ class CodeWidget(anywidget.AnyWidget):
     "Text in a fixed-width font, with a button that copies it."
 
     _esm, _css = CODE_JS, BUTTON_CSS + """
-.bitvae-code pre { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.35; margin: 6px 0;
-  font: 13px var(--jp-code-font-family, monospace), monospace; color: inherit; background: none; }"""
+.bitvae-code pre { white-space: pre-wrap; overflow-wrap: anywhere; word-break: normal; margin: 6px 0;
+  font: 13px/1.35 var(--jp-code-font-family, monospace), monospace; color: inherit; background: none; }"""
     value = traitlets.Unicode("").tag(sync=True)
