@@ -207,28 +207,26 @@ class ImagesPanel(Panel):
         self.play = W.Play(value=1, interval=700, tooltip="play coarse to fine", **limits)
         self.kind = W.ToggleButtons(options=["error", "change by edits"], **TOGGLES)
         self.layout = W.ToggleButtons(options=["side by side", "swipe"], **TOGGLES)
-        for widget in (self.slider, self.play):
-            widget.observe(lambda change: state.select(change.new), "value")
+        self.slider.observe(lambda change: state.select(change.new), "value")
+        self.play.observe(lambda change: self.play.playing and state.select(change.new), "value")
         self.kind.observe(lambda change: state.run(lambda: None), "value")
         W.jsdlink((self.layout, "index"), (self.compare, "swipe"))
         row = W.HBox([self.play, self.slider, self.layout, self.kind], layout=WRAP)
         self.box = W.VBox([row, self.description, self.compare, self.strip.box])
 
-# %% ../../nbs/viewer/23_panels.ipynb #93c21db4
-@patch
-def refresh(self: ImagesPanel) -> None:
-    "Show the images at k scales, then the strip."
-    session, k, y = self.session, self.k, self.session.image(self.k)
-    reference = session.image(k, session.states[0]) if self.kind.index else session.x
-    images = session.x, y, error_map(reference.cpu(), y.cpu())
-    captions = ["original", f"reconstruction ({k} of {session.scales} scales)"]
-    captions.append(f"{self.kind.value} (white: 64 gray levels)")
-    alts = "the original", f"reconstruction from {k} scales", f"map of the {self.kind.value}"
-    self.compare.show([to_image(image) for image in images], captions, alts)
-    self.description.value = paragraph(html.escape(session.describe(k)))
-    for widget in (self.slider, self.play):
-        widget.max, widget.value = session.scales, k
-    self.strip.refresh()
+    def refresh(self) -> None:
+        "Show the images at k scales, then the strip."
+        session, k, y = self.session, self.k, self.session.image(self.k)
+        reference = session.image(k, session.states[0]) if self.kind.index else session.x
+        images = session.x, y, error_map(reference.cpu(), y.cpu())
+        captions = ["original", f"reconstruction ({k} of {session.scales} scales)"]
+        captions.append(f"{self.kind.value} (white: 64 gray levels)")
+        alts = "the original", f"reconstruction from {k} scales", f"map of the {self.kind.value}"
+        self.compare.show([to_image(image) for image in images], captions, alts)
+        self.description.value = paragraph(html.escape(session.describe(k)))
+        for widget in (self.slider, self.play):
+            widget.max, widget.value = session.scales, k
+        self.strip.refresh()
 
 # %% ../../nbs/viewer/23_panels.ipynb #3cb20f27
 def channel_options(dim: int) -> tuple[tuple[str, object], ...]:
@@ -394,7 +392,7 @@ class ScalePanel(Panel):
         column = {"flex": "1 1 240px", "max_width": "640px"}
         columns = [W.VBox(c, layout=column) for c in ([self.title, self.difference], [self.charts])]
         text = "What the last scale in use changes in the image, twice as strong; gray is no change. A "
-        text += "channel is well used if half of its bits are 1 (bars), which is an entropy of 1 bit (dots). The "
+        text += "channel is well used if half of its bits are 1 (bars): an entropy of 1 bit (dots). The "
         text += "residual energy is what is left of the latent after so many scales."
         self.box = W.VBox([W.HTML(paragraph(text)), W.HBox(columns, layout=WRAP)])
 

@@ -252,7 +252,7 @@ class CompareWidget(anywidget.AnyWidget):
 
 # %% ../../nbs/viewer/22_widgets.ipynb #d012b87e
 STRIP_JS = """
-const EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";  // transparent
+const EMPTY = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7";
 function render({ model, el }) {
   const row = document.createElement("div");
   row.className = "bitvae-strip"; el.append(row);
@@ -271,7 +271,8 @@ function render({ model, el }) {
       if (img.value === images[i]) continue;
       URL.revokeObjectURL(img.src);
       img.value = images[i];
-      img.src = images[i].byteLength ? URL.createObjectURL(new Blob([images[i]], { type: "image/jpeg" })) : EMPTY;
+      const blob = new Blob([images[i]], { type: "image/jpeg" });
+      img.src = blob.size ? URL.createObjectURL(blob) : EMPTY;
     }
   };
   model.on("change", show); show();
