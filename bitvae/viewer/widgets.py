@@ -131,7 +131,8 @@ function render({ model, el }) {
     left = clamp(left, 0, 1 - 1 / zoom); top = clamp(top, 0, 1 - 1 / zoom);
     root.style.setProperty("--split", 100 * split + "%");
     divider.value = 100 * split;
-    level.textContent = zoom + "x zoom (" + (zoom > 1 ? "drag to move" : "or double click") + ")";
+    level.textContent = zoom > 1 ? zoom + "x zoom: drag, or the arrow keys, to move"
+      : "zoom: double click, Ctrl and wheel, or keys + and -";
     for (const { frame, img } of figures) {
       img.style.transform = `scale(${zoom}) translate(${-100 * left}%, ${-100 * top}%)`;
       img.classList.toggle("bitvae-pixels", frame.clientWidth * zoom > 4 * img.naturalWidth);
@@ -279,7 +280,7 @@ function render({ model, el }) {
 }
 export default { render };"""
 STRIP_CSS = """
-.bitvae-strip { display: flex; flex-wrap: wrap; gap: 2px; }
+.bitvae-strip { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 2px; }
 .bitvae-strip button { flex: 1 1 62px; max-width: 180px; padding: 3px; border: 3px solid transparent;
   background: none; color: inherit; cursor: pointer; font: inherit; font-size: 12px; line-height: 1.3;
   white-space: pre-line; }
