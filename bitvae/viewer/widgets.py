@@ -154,22 +154,26 @@ function render({ model, el }) {
       place();
     },
   });
-  const show = () => {
-    root.classList.toggle("bitvae-swipe", model.get("swipe"));
-    for (const [i, { name, caption, img }] of figures.entries()) {
-      caption.textContent = model.get("captions")[i]; img.alt = model.get("alts")[i];
-      const value = model.get(name);
-      if (img.value === value) continue;
-      const old = img.src;
-      img.value = value; img.src = URL.createObjectURL(new Blob([value], { type: "image/png" }));
-      img.onload = () => {
-        URL.revokeObjectURL(old);
-        root.style.setProperty("--ratio", img.naturalWidth / img.naturalHeight);
-        place();
-      };
-    }
-  };
-  model.on("change", show); show();
+  const update = () => show(model, root, figures, place);
+  model.on("change", update); update();
+}
+"""
+
+# %% ../../nbs/viewer/22_widgets.ipynb #5d0c1f7a
+COMPARE_JS += """
+function show(model, root, figures, place) {
+  root.classList.toggle("bitvae-swipe", model.get("swipe"));
+  for (const [i, { name, caption, img }] of figures.entries()) {
+    caption.textContent = model.get("captions")[i]; img.alt = model.get("alts")[i];
+    const value = model.get(name), old = img.src;
+    if (img.value === value) continue;
+    img.value = value; img.src = URL.createObjectURL(new Blob([value], { type: "image/png" }));
+    img.onload = () => {
+      URL.revokeObjectURL(old);
+      root.style.setProperty("--ratio", img.naturalWidth / img.naturalHeight);
+      place();
+    };
+  }
 }
 """
 
