@@ -105,16 +105,14 @@ def use_viewer(page, tmp_path, name):
     handle.focus()
     for k in (9, 8, 7, 6, 5):  # the slider changes the image and the numbers
         page.keyboard.press("ArrowLeft")
-        expect(page.get_by_text(f"{k} of 10 scales")).to_be_visible()
+        expect(page.get_by_text(f"{k} of 10 scales (")).to_be_visible()
     coarse = wait_for_change(page, "reconstruction", full)
     assert len(coarse) < len(full)
     screenshot(page, f"{name}-scales.png")
-    strip = page.locator('img[alt^="the reconstructions"]')  # a click on the strip selects a scale
-    box = strip.bounding_box()
-    strip.click(position={"x": box["width"] * 0.35, "y": box["height"] / 3})
+    page.get_by_role("button", name="to scale 3").click()  # a click on the strip selects a scale
     expect(page.get_by_text("4 of 10 scales (6x6)")).to_be_visible()
     before = image_bytes(page, "reconstruction")
-    planes = page.locator('img[alt^="bit planes of scale 4"]')  # a click on a bit flips it
+    planes = page.locator('img[alt^="bit planes of scale 3"]')  # a click on a bit flips it
     planes.scroll_into_view_if_needed()
     bits = image_bytes(page, "bit planes")
     planes.click(position={"x": 5, "y": 5})
@@ -131,12 +129,80 @@ def use_viewer(page, tmp_path, name):
     for key in ("ArrowLeft", "ArrowUp", "Enter"):
         page.keyboard.press(key)  # the keyboard flips a bit, too
     expect(page.get_by_text("edits: 1")).to_be_visible()
-    page.get_by_role("button", name="reset").click()
+    correct = page.get_by_label("later scales correct the edits")
+    correct.check()
+    page.get_by_role("button", name="undo").click()  # undoes the edit, and the check box with it
     expect(page.get_by_text("edits: 0")).to_be_visible()
+    expect(correct).not_to_be_checked()
+    expect(page.get_by_role("button", name="undo")).to_be_disabled()
     upload(page, tmp_path)
     screenshot(page, f"{name}-upload.png")
     save(page, tmp_path)
     measure(page)
+
+
+def take_tour(page):
+    "Three clicks: coarse to fine, self-correction, mixed images; each with a text and code that repeats it."
+    from playwright.sync_api import expect
+
+    expect(page.get_by_role("heading", name="Bits of an image")).to_be_visible()
+    page.get_by_role("button", name="1. coarse to fine").click()
+    expect(page.get_by_text("Scale 0 is 6 bits")).to_be_visible()
+    expect(page.get_by_text("2 of 10 scales (2x2)")).to_be_visible()  # it plays
+    page.get_by_role("button", name="2. flip and correct").click()
+    text = page.get_by_text("One in five bits").inner_text()
+    corrected, unedited, damaged = map(float, re.findall(r"([\d.]+) dB", text))
+    assert unedited >= corrected > damaged + 2
+    expect(page.get_by_text("chain_edits(FlipFraction(scales=(0, 1, 2, 3, 4), fraction=0.2")).to_be_visible()
+    page.get_by_role("button", name="3. mix images").click()
+    expect(page.get_by_text("Scales 0 to 4 come from chelsea.png")).to_be_visible()
+    expect(page.get_by_text("10 of 10 scales (32x32)")).to_be_visible()
+    code = page.locator(".bitvae-code pre")
+    expect(code).to_contain_text("TakeScales(tok.encode(load_image(held_out_photographs")
+    page.get_by_role("button", name="copy code").click()
+    expect(page.get_by_role("button", name="copied")).to_be_visible()
+    assert "mono" in code.evaluate("e => getComputedStyle(e).fontFamily")
+    assert page.evaluate("navigator.clipboard.readText()") == code.inner_text()
+
+
+def compare(page):
+    "One zoom for all images and a divider, by keyboard; the images grow with the screen."
+    style = "e => [e.style.transform, e.closest('.bitvae-compare').style.getPropertyValue('--split')]"
+    images = page.locator(".bitvae-frame img")
+    page.locator(".bitvae-original .bitvae-frame").focus()
+    page.keyboard.press("+")
+    page.keyboard.press("ArrowLeft")
+    transforms = {images.nth(i).evaluate(style)[0] for i in range(3)}
+    assert len(transforms) == 1 and "scale(2)" in transforms.pop()
+    page.get_by_role("button", name="show the whole image").click()
+    page.get_by_role("button", name="swipe").click()
+    page.get_by_label("divider between").focus()
+    page.keyboard.press("ArrowRight")
+    assert images.first.evaluate(style) == ["scale(1) translate(0%, 0%)", "51%"]
+    boxes = [images.nth(i).bounding_box() for i in range(3)]
+    assert boxes[0] == boxes[1] != boxes[2]  # the reconstruction covers the original
+    screenshot(page, "swipe.png")
+    page.get_by_role("button", name="side by side").click()
+    before, widths = page.viewport_size, {390: 160, 1280: 390, 2560: 800}
+    for width, least in widths.items():
+        page.set_viewport_size({"width": width, "height": 1440})
+        page.wait_for_timeout(200)
+        assert images.first.bounding_box()["width"] > least
+        assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+        screenshot(page, f"page-{width}.png")
+    page.set_viewport_size(before)
+
+
+def choose_scales(page):
+    "All scales are listed, by the index of the code, and the planes are those of the chosen one."
+    from playwright.sync_api import expect
+
+    scales = page.get_by_label("scales to edit")
+    assert scales.evaluate("e => [e.size, e.length, e.multiple]") == [10, 10, True]
+    scales.select_option("scale 2 (4x4)")
+    expect(page.locator('img[alt="bit planes of scale 2"]')).to_be_visible()
+    page.get_by_role("button", name="set to 0").click()
+    expect(page.get_by_text("Fill(scales=(2,)")).to_be_visible()
 
 
 def upload(page, tmp_path):
@@ -181,8 +247,10 @@ def measure(page):
     page.get_by_role("button", name="cancel").click()
     expect(page.get_by_role("button", name="measure")).to_be_enabled()
     page.wait_for_timeout(2000)
-    assert page.locator(".bitvae-heat td[title]").count() < 60  # nothing is added after cancel
-    page.get_by_role("tab", name="what a scale adds").click()
+    assert 0 < page.locator(".bitvae-heat td[title]").count() < 60  # nothing is added after cancel
+    assert "nan" not in page.locator(".bitvae-heat").inner_text()
+    expect(page.get_by_text("gray levels of 255")).to_be_visible()
+    page.get_by_role("tab", name="one scale").click()
     expect(page.get_by_text("residual energy: ")).to_be_visible()
 
 
@@ -210,6 +278,13 @@ def test_in_jupyterlab(page, tmp_path):
             await p.sessionContext.ready; return !!p.sessionContext.session?.kernel }""")
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         use_viewer(page, tmp_path, "lab")
+        dark = "'apputils:change-theme', {theme: 'JupyterLab Dark'}"
+        page.evaluate(f"window.jupyterapp.commands.execute({dark})")
+        page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+        color = "e => getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).map(Number)"
+        for part in ("figcaption", ".bitvae-strip button", ".bitvae-button"):
+            assert min(page.locator(part).first.evaluate(color)) > 180, part  # light on dark
+        screenshot(page, "lab-dark.png")
 
 
 def wait_for_server(address):
@@ -236,6 +311,11 @@ def test_as_a_page(page, tmp_path):
     with running([*command, "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]
         page.goto(address)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        take_tour(page)
+        compare(page)
+        choose_scales(page)
+        page.get_by_role("button", name="reset").click()
         use_viewer(page, tmp_path, "page")
     with running([*command, str(tmp_path / "maroon.png"), "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]

@@ -35,6 +35,8 @@ def load_limited(
     size: int | None = 256,  # side of a center crop, pixels; None: the image as it is
 ) -> Tensor:  # (1, 3, H, W) in [-1, 1]
     "Load an image; raises what `load_image` does, and `ImageError` for an image that is too large."
+    if size is not None and size < 1:
+        raise ValueError(f"no resolution {size}: a number of pixels, at least 1")
     with open_lazy(file) as image:
         (w, h), ratio = image.size, max(image.size) / min(image.size)
     if w * h > MAX_PIXELS:
@@ -99,8 +101,10 @@ class EditSession:
             self.push(self.state.edits, correct)
 
     def undo(self) -> None:
-        "Return to the state before, if there is one."
-        self.states[1:] = self.states[1:-1]
+        "Remove the last edit, if there is one, whether or not later scales correct it."
+        n = len(self.state.edits)
+        while len(self.states) > 1 and len(self.state.edits) == n:
+            self.states.pop()
 
     def reset(self) -> None:
         "Return to the image's own bits."
@@ -148,7 +152,7 @@ def describe(self: EditSession, k: int) -> str:
     n, (h, w), (H, W) = self.bits[:k].count, self.bits.schedule[k - 1], self.x.shape[-2:]
     sizes = f"{n:,} bits, {-(-n // 8):,} bytes, {n / (H * W):.4f} bits per pixel"
     unedited = f"; without the edits {self.psnr_of(k, self.states[0]):.2f} dB" if self.state.edits else ""
-    return f"{k} of {self.scales} scales ({h}x{w}), {self.psnr_of(k):.2f} dB, {sizes}{unedited}"
+    return f"{k} of {self.scales} scales ({h}x{w}), PSNR {self.psnr_of(k):.2f} dB, {sizes}{unedited}"
 
 # %% ../../nbs/viewer/21_session.ipynb #4d940bf9
 IMPORTS = {"bit_edits": ("chain_edits", "edit_bits", "Fill", "FlipBit", "FlipFraction", "TakeScales"),
