@@ -352,12 +352,13 @@ def plot_extremes(
     metric = next(iter(scores))
     p = Protocol(**results["protocols"][label or next(iter(results["protocols"]))]["protocol"])
     chosen = best_and_worst(scores[metric], count, metric in HIGHER_IS_BETTER)
-    x = torch.cat([crop_image(files[i], p) for i in chosen])
+    xs = [crop_image(files[i], p) for i in chosen]
     with use_schedule(tok, p.mode or tok.quantizer.mode):
-        y = tok.decode(tok.encode(x), p.clamp)
+        ys = [tok.decode(tok.encode(x), p.clamp) for x in xs]
+    errors = [error_map(x, y) for x, y in zip(xs, ys, strict=True)]
     name = METRIC_TITLES.get(metric, metric).removesuffix(", dB")
     titles = [f"{results['images'][i]}\n{name} {scores[metric][i]:.4g}" for i in chosen]
-    return show_images([x, y, error_map(x, y)], titles, columns=len(chosen), width=width)
+    return show_images([*xs, *ys, *errors], titles, columns=len(chosen), width=width)
 
 # %% ../nbs/20_plots.ipynb #59ec7cae
 def window_means(log: Sequence[Mapping], name: str, points: int) -> tuple[Tensor, Tensor]:
