@@ -539,7 +539,9 @@ def tokenize(
                 options = fit, batch, workers, compress, latents, bar.update, decoder
                 write_shard(tok, plan[i](), shards[i], *options)
         wait_for_all()
-        return write_manifest(folder, job, shards) if rank == 0 else {}
+        manifest = write_manifest(folder, job, shards) if rank == 0 else {}
+        wait_for_all()  # until other machines find the manifest
+        return manifest
 
 # %% ../nbs/19_token_dataset.ipynb #c1961ce4
 def read_manifest(folder: str | os.PathLike) -> dict:
