@@ -246,6 +246,8 @@ def fit_coder_command(args: argparse.Namespace) -> None:
 @command(add_tokenize_arguments, PROCESSES, NODES, RENDEZVOUS)
 def tokenize_command(args: argparse.Namespace) -> None:
     "Tokenize a data set of images into shards of bits; rerun the same command to resume."
+    if args.processes * args.nodes > 1 and args.engine == "ray":
+        raise ValueError("Ray starts its own processes: give --actors instead of --processes and --nodes")
     if args.processes * args.nodes > 1:
         options = {name: value for name, value in vars(args).items() if name not in LAUNCH}
         torchrun = torchrun_command(args.processes, args.nodes, args.rendezvous, "bitvae.token_dataset")
