@@ -1,17 +1,25 @@
-"Tokenizing and evaluating on clusters: the scripts in examples/ with stubs of their scheduler."
+"""Tokenizing and evaluating on clusters: the scripts in examples/ with stubs of their scheduler, and Ray.
+
+BITVAE_TRIALS=2000 kills 20 of Ray's nodes and 5 drivers instead of one each.
+"""
 
 import json
 import os
+import random
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from children import free_port
+from children import Child, bitvae, command_line, free_port
 
 from bitvae.evaluation import read_results
-from bitvae.images import held_out_photographs
+from bitvae.images import bundled_photographs, held_out_photographs, load_image, save_image
 from bitvae.token_dataset import verify_dataset
 
 pytestmark = pytest.mark.slow
@@ -77,3 +85,106 @@ def test_kubernetes_tokenizes(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["size"] == "aspect ratios, 0.06M" and len(manifest["shards"][0]["files"]) > 1
+
+
+# Ray
+
+MANY = int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000
+KILLS = {"node": 20, "driver": 5} if MANY else {"node": 1, "driver": 1}
+SHARDS, PER_SHARD = (50, 100) if MANY else (12, 6)
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    "Small images of several shapes, a broken one among them."
+    folder = tmp_path_factory.mktemp("images")
+    photographs = [load_image(file, 256) for file in bundled_photographs()]
+    for n in range(PER_SHARD * SHARDS - 1):
+        x = photographs[n % 9][..., n % 60 : 140 + n % 60, : 100 + n % 140]
+        save_image(x, folder / f"{n:04}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def retry(start, *args, **options):
+    "Start a part of a cluster; Ray waits only 30 seconds for it, which a busy machine may need."
+    for _ in range(4):
+        try:
+            return start(*args, **options)
+        except Exception as e:
+            error = e
+    raise error
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A Ray cluster of three nodes on this machine."
+    pytest.importorskip("ray", reason="pip install 'bitvae[ray]'")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in RAY.items():
+            patch.setenv(name, value)
+        node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+        head = node | {"num_cpus": 0, "include_dashboard": False}
+        cluster = retry(Cluster, initialize_head=True, head_node_args=head)
+        cluster.add_worker = partial(retry, cluster.add_node, **node)
+        try:
+            cluster.workers = [cluster.add_worker() for _ in range(2)]
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def test_kuberay_tokenizes(cluster, tmp_path):
+    "The entrypoint with its variables, on the cluster of this machine; a damaged tar file is named."
+    job = yaml.safe_load((ROOT / "examples" / "kuberay.yaml").read_text())["spec"]
+    variables = yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
+    assert {group["replicas"] for group in job["rayClusterSpec"]["workerGroupSpecs"]} == {4, 8}
+    (tmp_path / "cut.tar").write_bytes(b"no tar file" * 100)
+    variables |= {"IMAGES": str(tmp_path / "cut.tar"), "FOLDER": tmp_path / "shards", "OPTIONS": "--size 32"}
+    path = f"{BITVAE.parent}:{os.environ['PATH']}"
+    entrypoint = shlex.split(job["entrypoint"])
+    run = run_script(entrypoint, **variables | {"PATH": path, "RAY_ADDRESS": cluster.address})
+    assert run.returncode == 1 and "cut.tar is" in run.stderr.splitlines()[-1], run.stderr[-2000:]
+    assert not list((tmp_path / "shards").glob("shard-*"))
+
+
+def test_ray_survives_killed_nodes_and_drivers(images, cluster, tmp_path):
+    "Shards and manifest are byte for byte those of the local engine; finished shards are not written again."
+    rng = random.Random(0)
+    sizes = ["--aspect-ratios", "--budget", "0.06M"]
+    command = ["tokenize", "demo", "--images", str(images), "--per-shard", str(PER_SHARD), *sizes, "--folder"]
+    assert bitvae(*command, tmp_path / "local").returncode == 0
+    command += [str(folder := tmp_path / "ray"), "--engine", "ray", "--ray-address", cluster.address]
+    killed, written = {"node": 0, "driver": 0}, {}
+    while killed != KILLS or not (folder / "manifest.json").exists():
+        driver = Child(command_line, *command)
+        while driver.process.is_alive():
+            done = sorted(folder.glob("shard-*.json"))
+            fresh = len(done) > len(written)
+            assert all(written[p] == p.stat().st_mtime_ns for p in written)
+            written |= {p: p.stat().st_mtime_ns for p in done}
+            if fresh and killed["node"] < KILLS["node"]:
+                time.sleep(rng.random())
+                cluster.remove_node(cluster.workers.pop(rng.randrange(2)), allow_graceful=False)
+                cluster.workers.append(cluster.add_worker())
+                killed["node"] += 1
+            elif fresh and killed["driver"] < KILLS["driver"]:
+                time.sleep(rng.random())
+                killed["driver"] += driver.kill() == -signal.SIGKILL
+            time.sleep(0.05)
+        ended = driver.finish()
+        assert ended.returncode in (0, -signal.SIGKILL), ended.stderr[-3000:]
+        if killed != KILLS and (folder / "manifest.json").exists():  # start over
+            written = {}
+            for file in folder.iterdir():
+                file.unlink()
+    assert contents(folder) == contents(tmp_path / "local")
+    assert (verify_dataset(folder)["count"], verify_dataset(folder)["failed"]) == (PER_SHARD * SHARDS - 1, 1)
+    print(f"{SHARDS} shards, killed {killed}")
