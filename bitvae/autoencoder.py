@@ -9,15 +9,14 @@ __all__ = ['group_norm', 'ResnetBlock', 'Downsample', 'Upsample', 'Down', 'Mid',
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .config import group_count
+
 # %% ../nbs/04_autoencoder.ipynb #4f188a7c
 def group_norm(
     channels: int,  # a multiple of 32 or 24
 ) -> nn.GroupNorm:
     "Return the group normalization of the released models: 32 groups, or 24, and eps 1e-6."
-    for groups in (32, 24):
-        if channels % groups == 0:
-            return nn.GroupNorm(groups, channels, eps=1e-6)
-    raise ValueError(f"group_norm needs a multiple of 32 or of 24 channels, got {channels}")
+    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
 
 # %% ../nbs/04_autoencoder.ipynb #3be0cb74
 class ResnetBlock(nn.Module):

@@ -338,7 +338,7 @@ def is_bits_file(file: str | os.PathLike) -> bool:
     with file.open("rb") as f:
         return f.read(len(MAGIC)) == MAGIC
 
-
+# %% ../nbs/18_bitstream.ipynb #3c8f2692
 def describe_file(file: str | os.PathLike) -> str:
     "Describe a bits file: images, scales, bits, bytes and tokenizer; raise `BitsError` for other files."
     data = Path(os.path.expanduser(file)).read_bytes()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Source', 'SHARD_NAME', 'DEFAULT_CROP_RULE', 'COMPRESSIONS', 'Member', 'Images', 'RGB_TO_YIQ', 'DataError', 'warn',
-           'ImageFiles', 'read_list', 'image_suffixes', 'is_image', 'is_hidden', 'walk_images', 'image_files',
-           'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'as_tuple', 'CropPlan', 'epoch_order',
+           'ImageFiles', 'is_label', 'read_list', 'image_suffixes', 'is_image', 'is_hidden', 'walk_images',
+           'image_files', 'CropRule', 'crop_square', 'jitter_colors', 'random_crop', 'CropPlan', 'epoch_order',
            'ImageCache', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages', 'hub_images', 'Shards',
            'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member', 'shard_images', 'shuffle_images',
            'ShardCrops', 'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading', 'pack_crop',
@@ -29,12 +29,13 @@ import warnings
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool  # its threads end with the program, even if they are stuck
 from operator import attrgetter
 from pathlib import Path
+from traceback import walk_tb
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -43,10 +44,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from .bits import patch
+from .config import as_tuple
 from .images import atomic_write, bundled_photographs, held_out_photographs, ImageBytes, ImageError
-from .images import from_uint8, jpeg_size, read_pixels, resize_pixels, to_tensor, to_uint8
+from .images import cut_long_sides, from_uint8, jpeg_size
+from .images import read_pixels, resize_pixels, to_tensor, to_uint8
 
 # %% ../nbs/08_data.ipynb #1d3f5309
 class DataError(ValueError):
@@ -68,6 +72,11 @@ class ImageFiles(list):
         self.origins = [origin for _, origin in found]
 
 # %% ../nbs/08_data.ipynb #205a272c
+def is_label(text: str) -> bool:
+    "Tell whether a text is the number of a class, which fits into 64 bits."
+    return text.isdecimal() and int(text) < 2**63
+
+
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> ImageFiles:
@@ -88,7 +97,7 @@ def read_list(
             hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
             raise DataError(f"{file} line {number}: no such image file: {file.parent / path.strip()}{hint}")
         label = numbers.strip() if name.strip() == path.strip() else ""
-        if label.isdigit() and int(label) >= 2**63:
+        if label.isdigit() and not is_label(label):
             raise DataError(f"{file} line {number}: label {label} does not fit into 64 bits")
         found.append((file.parent / name, label if label.isdigit() else ""))
     if not found:
@@ -101,17 +110,18 @@ def image_suffixes() -> set[str]:
     "Return the endings of the formats that Pillow decodes, without those that it only recognizes."
     recognized = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
     suffixes = Image.registered_extensions()
-    return {suffix for suffix, name in suffixes.items() if name in {*Image.OPEN} - recognized}
+    return {suffix for suffix, name in suffixes.items() if name in {*Image.OPEN, "MPO"} - recognized}
 
-
+# %% ../nbs/08_data.ipynb #c4a4e342
 def is_image(name: str) -> bool:
     "Tell whether a file name has the ending of an image, in capitals or not."
     return Path(name).suffix.lower() in image_suffixes()
 
-
+# %% ../nbs/08_data.ipynb #18d8c42f
 def is_hidden(name: str) -> bool:
     "Tell whether a file or folder belongs to a program or an operating system."
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
+    system = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+    return name.startswith(".") or name in system
 
 # %% ../nbs/08_data.ipynb #af75535c
 def walk_images(folder: Path) -> list[Path]:
@@ -255,11 +265,6 @@ def random_crop(
     x = crop_square(pixels, square, side, full, mirror=u[4] < 0.5)
     x = x if side == size else F.adaptive_avg_pool2d(x, size)
     return jitter_colors(x, rng.random(4), rule.color_jitter) if rule.color_jitter else x
-
-# %% ../nbs/08_data.ipynb #df25e831
-def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]:
-    "Return one or several integers as a tuple."
-    return (v,) if isinstance(v, int) else tuple(v)
 
 # %% ../nbs/08_data.ipynb #8db4a017
 @dataclass
@@ -415,7 +420,7 @@ def hub_images(
         import datasets
     except ImportError as e:
         raise ImportError("data sets need one more package: pip install datasets") from e
-    path, split = [*name.split(":"), "train"][:2]
+    path, split = [*os.path.expanduser(name).split(":"), "train"][:2]
     try:
         saved = Path(path).is_dir()
         rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
@@ -472,7 +477,8 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
             opener = next((f for magic, f in COMPRESSIONS.items() if head.startswith(magic)), None)
             yield copy(opener(file)) if opener else file
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        raise DataError(f"{url} is no readable tar file, or cut short ({e}): download it again") from e
+        remedy = "download it again (compression: .gz, .bz2 or .xz)"
+        raise DataError(f"{url} is no readable tar file, or cut short ({e}): {remedy}") from e
 
 # %% ../nbs/08_data.ipynb #cad9b5fb
 Member = tuple[tarfile.TarFile, tarfile.TarInfo]
@@ -523,7 +529,7 @@ class ShardImage(NamedTuple):
     image: ImageBytes | DataError
     label: bytes = b""
 
-
+# %% ../nbs/08_data.ipynb #27c4a782
 def read_member(url: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     "Read a member, following links inside the archive; raise `DataError` for a link to anything else."
     try:
@@ -538,14 +544,15 @@ def shard_images(url: str) -> Iterator[ShardImage]:
     with open_shard(url) as file:
         samples, names = defaultdict(dict), set()
         for tar, member in tar_members(file, url):
-            if member.name in names and not member.isdir():
-                raise DataError(f"{url} holds {member.name} twice: remove one and archive again")
-            names.add(member.name)
-            folder, name = os.path.split(member.name)
-            of_macos = name.startswith("._") or "__MACOSX/" in member.name  # companions of no use
+            path = os.path.normpath(member.name)  # without `./`
+            if path in names and not member.isdir():
+                raise DataError(f"{url} holds {path} twice: remove one and archive again")
+            names.add(path)
+            folder, name = os.path.split(path)
+            of_macos = name.startswith("._") or "__MACOSX/" in path  # companions of no use
             if not of_macos and (member.isreg() or member.issym() or member.islnk()):
                 stem, _, suffix = name.partition(".")
-                if any(is_hidden(part) for part in member.name.split("/") if part.strip(".")):
+                if any(is_hidden(part) for part in path.split("/") if part.strip(".")):
                     stem, suffix = "", name
                 samples[os.path.join(folder, stem)][suffix] = tar, member
         for key, parts in samples.items():
@@ -687,6 +694,9 @@ def read_items(
     try:
         it = iter(loader)
     except OSError as e:
+        for frame, _ in walk_tb(e.__traceback__):
+            if isinstance(half := frame.f_locals.get("self"), _BaseDataLoaderIter):
+                half._workers_status = [True] * len(half._workers)  # PyTorch lacks it to end those it started
         raise DataError(f"cannot start {workers} processes that load images ({e}): use fewer, or 0") from e
     try:
         while not stopped():
@@ -727,7 +737,7 @@ def pack_crop(crop: Crop) -> Crop:
     "Convert a batch to a uint8 array."
     return crop._replace(x=to_uint8(crop.x).numpy())
 
-
+# %% ../nbs/08_data.ipynb #74b45777
 def crop_loader(
     images: Images,
     plan: CropPlan,
@@ -767,7 +777,8 @@ def stored_sizes(file: Path | ImageBytes, sizes: Sequence[int], rule: CropRule) 
     if not levels:
         raise ImageError(f"an image of {width}x{height} is smaller than the crop: "
                          "remove it, take smaller crops, or set upscale=true")  # fmt: skip
-    shapes = {s: [max(s, round(n * s / short)) for n in (height, width)] for s in levels}
+    pixels = np.asarray(cut_long_sides(Image.fromarray(pixels), levels[-1]))
+    shapes = {s: [max(s, round(n * s / short)) for n in pixels.shape[:2]] for s in levels}
     return {s: resize_pixels(pixels, *shape) for s, shape in shapes.items()}
 
 # %% ../nbs/08_data.ipynb #cf7054fc
@@ -808,8 +819,8 @@ class DeviceCrops:
             except (ImageError, OSError) as e:
                 return str(file), e
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(attempt, range(len(files))))
+        with ThreadPool(os.cpu_count()) as pool:
+            return pool.map(attempt, range(len(files)), chunksize=1)
 
 # %% ../nbs/08_data.ipynb #b4605622
 @patch
@@ -891,7 +902,7 @@ def labels(self: ImageFiles) -> list[str]:  # one per image; empty for none
         labels.append(numbers[parts[0]] if parts else origin if isinstance(origin, str) else "")
     return labels
 
-
+# %% ../nbs/08_data.ipynb #3757ce8f
 def class_folders(folder: Path) -> list[str]:
     "Return the names of the folders in a folder, and of links to folders that are gone."
     paths = [path for path in folder.iterdir() if not is_hidden(path.name)]
@@ -908,9 +919,11 @@ def image_labels(
             raise DataError("tar shards carry their own labels, in KEY.cls: leave out the file of labels")
         return []
     if labels:
-        found = Path(labels).read_text().split()
-        if len(found) != len(images) or not all(n.isdigit() for n in found):
+        found = Path(os.path.expanduser(labels)).read_text().split()
+        if len(found) != len(images):
             raise DataError(f"{labels} must hold {len(images)} numbers, one per image, but has {len(found)}")
+        if wrong := [label for label in found if not is_label(label)]:
+            raise DataError(f"{labels} holds {wrong[0]!r}: class labels are integers from 0 to 2^63 - 1")
         return found
     found = images.labels()
     if 0 < (missing := found.count("")) < len(found):
@@ -924,7 +937,7 @@ def write_list(
     labels: str | os.PathLike | None = None,  # see `image_labels`
 ) -> int:  # number of images
     "List a folder's images, `path label` or `path` per line; raise `FileNotFoundError` or `DataError`."
-    folder, file = Path(folder), Path(file)
+    folder, file = Path(os.path.expanduser(folder)), Path(os.path.expanduser(file))
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
     files = image_files(folder)

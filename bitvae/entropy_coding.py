@@ -250,7 +250,7 @@ def save_coder(coder: Coder, file: str | os.PathLike) -> Path:
 def load_coder(file: str | os.PathLike) -> Coder:
     "Read a coder and register it in `LOADED_CODERS`; raise `ValueError` for other files."
     try:
-        with safe_open(file, "np") as f:
+        with safe_open(os.path.expanduser(file), "np") as f:
             weights = f.get_tensor("weights").astype(np.float64) * (ONE / 1024)
             coder = Coder(weights, tokenizer=f.metadata()["tokenizer"])
         if weights.shape != (SCALE_CLASSES, 2, coder.dim, 9 * coder.dim + 5):

@@ -52,6 +52,7 @@ from .metrics import (
     crop_image, crop_key, describe_bit_stats, frechet_distance, frechet_warning, ms_ssim_of_levels, protocol,
     protocol_hash, psnr_of_levels, sample_indices, set_distances, ssim_of_levels, to_float64, to_levels,
     to_protocol_bytes)
+from .run_dir import serialize_state
 from .schedules import GENERATION_BUDGETS, GENERATION_RATIOS, Schedule, Size, generation_size
 from .schedules import scale_schedule
 from .tokenizer import BitVAE
@@ -359,7 +360,7 @@ def load_safely(file: Path) -> object:
 def write_part(result: PartialResult, file: Path) -> None:
     "Write a partial result atomically."
     with atomic_write(file) as part:
-        torch.save(result, part)
+        part.write_bytes(serialize_state(result))
 
 # %% ../nbs/14_evaluation.ipynb #09eaa005
 def read_parts(folder: Path) -> Iterator[PartialResult]:
@@ -445,7 +446,7 @@ def load_references(job: EvalJob) -> dict[FeatureView, dict]:
                 warnings.warn(f"{file} is damaged ({type(e).__name__}) and made anew", stacklevel=2)
         if snapshot:
             with atomic_write(snapshot) as part:
-                torch.save(found, part)
+                part.write_bytes(serialize_state(found))
     wait_for_all()
     return load_safely(snapshot) if snapshot else found
 
@@ -466,7 +467,7 @@ def update_references(job: EvalJob, result: PartialResult) -> dict[FeatureView, 
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(file) as part:
-                    torch.save(references[view], part)
+                    part.write_bytes(serialize_state(references[view]))
             except OSError as e:
                 warnings.warn(f"cannot cache the features of the originals: {e}", stacklevel=2)
         elif references[view]["pixels"] != pixels:
@@ -537,6 +538,7 @@ def use_schedule(tok: BitVAE, mode: str) -> Iterator[None]:
 # %% ../nbs/14_evaluation.ipynb #c2f835a6
 def evaluate_group(job: EvalJob, results: dict) -> dict[int, str]:
     "Add the job's results, in the first process; return index -> pixel digest; raise `ImageError` if empty."
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one size
     if job.folder:
         job.folder.mkdir(exist_ok=True)
     job.references = load_references(job)
@@ -577,7 +579,7 @@ def check_settings(folder: Path, settings: dict) -> None:
 def collect_warnings(
     names: Sequence[str], digests: Sequence[str], nets: Mapping, unreadable: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
-    "Return warnings about unreadable and duplicate images and Frechet distances of few images."
+    "Warn of unreadable and duplicate images and Frechet distances of few images."
     first, count = {}, len(names)
     total, reasons = count + len(unreadable), "; ".join(unreadable[:3]) + "; ..." * (len(unreadable) > 3)
     left_out = [f"{len(unreadable)} of {total} images cannot be read and are left out: {reasons}"]
@@ -585,7 +587,10 @@ def collect_warnings(
     duplicates = [f"{len(copies)} of {count} images duplicate the pixels of another one ({names[i]} those of "
                   f"{names[j]}) and count twice" for i, j in copies[:1]]
     few = [frechet_warning(count, net.dim) for net in nets.values() if hasattr(net, "dim")]
-    return left_out * bool(unreadable) + duplicates + list(dict.fromkeys(filter(None, few)))
+    texts = left_out * bool(unreadable) + duplicates + list(dict.fromkeys(filter(None, few)))
+    for text in texts:
+        warnings.warn(text, stacklevel=3)
+    return texts
 
 # %% ../nbs/14_evaluation.ipynb #83fe10ec
 def evaluate(
@@ -611,8 +616,7 @@ def evaluate(
     weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
     results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),
-               "prefixes": prefixes, "precision": tok.precision}
-    torch.backends.cudnn.benchmark = True  # all batches but the last have one size
+               "prefixes": prefixes, "precision": [*map(tok.precision_of, (tok.encoder, tok.decoder))]}
     parts = folder and Path(os.path.expanduser(folder)) / "parts"
     hashes = {str(p): protocol_hash(p) for p in protocols}
     if parts and rank == 0:
@@ -623,16 +627,15 @@ def evaluate(
         with use_schedule(tok, p.mode or mode):
             budget_schedules(tok, p.budget)
     for (schedule, crop), group in group_protocols(protocols, mode).items():
-        settings = metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers
-        job = EvalJob(tok, files, group, *settings, parts and parts / f"{schedule}-{crop}", save_every)
+        place = parts and parts / f"{schedule}-{crop}"
+        job = EvalJob(tok, files, group, metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers,
+                      place, save_every)  # fmt: skip
         digests = evaluate_group(job, results)
     if rank > 0:
         return {}
     results["libraries"] = {m: f"{LIBRARIES[m]} {importlib.metadata.version(LIBRARIES[m])}" for m in metrics}
     names, unreadable = [str(files[i]) for i in digests], list(results["unreadable"].values())
     results["warnings"] = collect_warnings(names, list(digests.values()), nets, unreadable)
-    for text in results["warnings"]:
-        warnings.warn(text, stacklevel=2)
     return json.loads(json.dumps(results))
 
 # %% ../nbs/14_evaluation.ipynb #7a4b7cdc
@@ -690,7 +693,8 @@ def save_results(results: dict, file: str | os.PathLike) -> Path:
 # %% ../nbs/14_evaluation.ipynb #004ee5ec
 def read_results(file: str | os.PathLike) -> dict:
     "Read metrics.json, or the one in a folder; raise `FileNotFoundError`, or `ValueError` for other content."
-    file = Path(file) / "metrics.json" if Path(file).is_dir() else Path(file)
+    file = Path(os.path.expanduser(file))
+    file = file / "metrics.json" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no such results: {file}; bitvae evaluate --folder writes them")
     try:  # results hold infinity as "inf", which JSON has no number for
@@ -718,7 +722,8 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--codec-rates", nargs="*", type=float, default=[], metavar="BITS", help=rates)
     add("--prefixes", action=argparse.BooleanOptionalAction, default=True,
         help="evaluate every prefix of the scales, and thumbnails; several times the work of all scales")
-    add("--precision", choices=PRECISIONS, default="float32", help="of encoder and decoder")
+    default = "of encoder and decoder; default: float32, but bf16 for decoding on a GPU"
+    add("--precision", choices=PRECISIONS, help=default)
     add("--mode", help="schedule, if not the tokenizer's own")
     add("--batch", type=int, default=8, help="images at a time")
     add("--workers", type=int, default=0, help="processes that read images, for each one that evaluates")

@@ -166,6 +166,8 @@ def open_lazy(file: str | os.PathLike | ImageBytes) -> Iterator[Image.Image]:
         remedy = "make it smaller, or set BITVAE_MAX_PIXELS to its number of pixels and start again"
         raise ImageError(f"{file} is too large ({str(e).partition(',')[0]}): {remedy}") from e
     except Exception as e:  # Pillow's plugins raise many types
+        if isinstance(e, OSError) and e.errno == errno.ENAMETOOLONG:
+            raise ImageError(f"{str(file)[:80]!r}... is too long for a file name: give a path") from None
         if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
             raise OSError(e.errno, f"cannot open {file}, too many open files: raise `ulimit -n`") from e
         problem = f"cannot be decoded ({str(e) or type(e).__name__})"
@@ -311,6 +313,10 @@ def atomic_write(file: str | os.PathLike) -> Iterator[Path]:
         else:
             temporary.chmod(mode)
             os.replace(temporary, target)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(e.errno, f"cannot write {file} ({e.strerror}): free disk space and run again") from e
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -76,7 +76,7 @@ def drop_launcher_variables() -> None:
         start = "--processes and --nodes start several processes"
         print(f"bitvae: ignoring {', '.join(sizes)} of another launcher; {start}", file=sys.stderr)
 
-
+# %% ../nbs/12_launch.ipynb #b6ebace2
 def launch_environment(processes: int) -> dict[str, str]:
     "Return the environment variables for torchrun with this number of ranks on this machine."
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes))
@@ -194,7 +194,7 @@ def announce_group() -> None:
     place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
     print(f"rank {rank} waits for the other {world - 1} at {place}; {remedy}", flush=True)
 
-
+# %% ../nbs/12_launch.ipynb #bd66428f
 @functools.cache
 def torchrun_store():
     "Connect to the key-value store of torchrun."
@@ -233,6 +233,8 @@ def is_alive(pid: int) -> bool:
 class StopSignals:
     "While active, record SIGINT and SIGTERM in `received` instead of ending the program."
 
+    is_waiting = False
+
     def __enter__(self):
         self.received = None
         self.parent = os.getppid()
@@ -242,6 +244,17 @@ class StopSignals:
     def receive(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, self.previous[number])
+        if self.is_waiting:
+            raise Interrupted(f"{self.received} while images were loaded, {RESUME_HINT}")
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        "Raise `Interrupted` on a signal during the block."
+        self.is_waiting = True
+        try:
+            yield
+        finally:
+            self.is_waiting = False
 
     def check(self) -> str | None:
         "Return the reason to stop, if there is one."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Distance', 'TRUNKS', 'generator_loss', 'latent_mean_loss', 'PatchDiscriminator', 'discriminator_loss', 'find_trunk',
-           'lpips_distance', 'EfficientNetDistance', 'check_perceptual', 'perceptual_distance']
+           'lpips_distance', 'EfficientNetDistance', 'perceptual_distance']
 
 # %% ../nbs/07_losses.ipynb #53488984
 import os
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import read_weights, weights_dir
+from .config import check_perceptual
 from .quantizer import all_reduce_mean, Quantized
 
 # %% ../nbs/07_losses.ipynb #65b8723d
@@ -108,7 +109,7 @@ TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}  # to
 def find_trunk(net: str, file: str | os.PathLike | None = None) -> Path:
     "Return the file of LPIPS's VGG or AlexNet weights; raise `FileNotFoundError` if there is none."
     folders = weights_dir(), Path(torch.hub.get_dir(), "checkpoints")  # the second is torchvision's
-    places = [Path(file)] if file else [folder / TRUNKS[net] for folder in folders]
+    places = [Path(os.path.expanduser(file))] if file else [folder / TRUNKS[net] for folder in folders]
     for place in places:
         if place.is_file():
             return place
@@ -177,13 +178,6 @@ class EfficientNetDistance(nn.Module):
         x = self.features(x) if isinstance(x, Tensor) else x
         terms = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(x, self.features(y), strict=True)]
         return torch.stack(terms).mean(0)
-
-# %% ../nbs/07_losses.ipynb #a881783c
-def check_perceptual(name: str) -> None:
-    "Raise `ValueError` for a name that `perceptual_distance` does not know."
-    if name not in ("lpips", "efficientnet", "none") and not name.startswith("lpips:"):
-        known = "'lpips', 'lpips:FILE' with torchvision's VGG-16 weights, 'efficientnet' or 'none'"
-        raise ValueError(f"perceptual must be {known}, got {name!r}")
 
 # %% ../nbs/07_losses.ipynb #766f97d1
 def perceptual_distance(

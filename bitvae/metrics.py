@@ -201,7 +201,7 @@ def psnr_of_levels(a: Tensor, b: Tensor) -> Tensor:
     "Return the PSNR (B,) in dB of levels in [0, 1]."
     return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
-
+# %% ../nbs/13_metrics.ipynb #b449e04c
 def psnr(
     x: Tensor,  # images (B, 3, H, W) in [-1, 1]
     y: Tensor,  # reconstructions, the same shape
@@ -241,7 +241,7 @@ def ssim_of_levels(a: Tensor, b: Tensor, p: Protocol) -> Tensor:
     similarity = (2 * product + c1) / (squares + c1) * (2 * covariance + c2) / (variances + c2)
     return similarity.mean((1, 2, 3))
 
-
+# %% ../nbs/13_metrics.ipynb #69ac58e2
 def ssim(
     x: Tensor,  # images (B, 3, H, W) in [-1, 1]
     y: Tensor,  # reconstructions, the same shape
@@ -262,7 +262,7 @@ def ms_ssim_of_levels(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"MS-SSIM needs sides above 160 pixels, the images are {tuple(a.shape[-2:])}")
     return library_ms_ssim(a, b, data_range=1, size_average=False)
 
-
+# %% ../nbs/13_metrics.ipynb #c1691527
 def ms_ssim(x: Tensor, y: Tensor, p: Protocol = PROTOCOLS["clamped"]) -> Tensor:  # (B,), float64, at most 1
     "Return the multi-scale SSIM of each pair (Wang et al. 2003; pytorch-msssim); see `psnr`."
     check_pair(x, y)

@@ -141,7 +141,7 @@ def generation_schedule(
         raise ValueError(f"unknown budget {budget!r}: use one of {', '.join(GENERATION_BUDGETS)}")
     return tuple((patch * h, patch * w) for h, w in ladders[nearest][: GENERATION_BUDGETS[budget]])
 
-
+# %% ../nbs/01_schedules.ipynb #1ea6e40c
 def generation_size(ratio: float, budget: str = "1M") -> Size:
     "Return the size (H, W) in pixels of the images of `generation_schedule`, 16 per token of its last scale."
     h, w = generation_schedule(ratio, budget)[-1]

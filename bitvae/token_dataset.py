@@ -25,11 +25,11 @@ import sys
 import tarfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
+from multiprocessing.pool import ThreadPool  # its threads end with the program, even if they are stuck
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +45,13 @@ from tqdm import tqdm
 from .bits import Bits, BitsError
 from .bitstream import rows_for, unpack_planes
 from .checkpoints import CODER_FILE
+from .config import PRECISIONS
 from .data import DataError, Images, Shards, Source
-from .data import fingerprint, image_labels, open_source, shard_images
+from .data import fingerprint, image_labels, is_label, open_source, shard_images
 from .entropy_coding import coder_for, load_coder, save_coder
 from .images import atomic_write, center_crop, center_crop_pixels, cover_crop, DECODERS, ImageBytes
 from .images import open_image, read_pixels, to_tensor
-from .kernels import optimize, PRECISIONS, retain_malloc_heap
+from .kernels import optimize, retain_malloc_heap
 from .launch import exclusive_run, EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .schedules import generation_size, GENERATION_BUDGETS, nearest_generation_size
 from .schedules import scale_schedule, Size
@@ -80,8 +81,9 @@ def tar_items(url: str, prefix: str) -> Iterator[Item]:
     "Iterate over the images of a tar file; raise `DataError` for damage or a label that is no number."
     for n, (name, image, label) in enumerate(shard_images(url)):
         label = label.decode(errors="replace").strip()
-        if label and not label.isdigit():
-            raise DataError(f"{url}: {name}.cls holds {label[:40]!r}: class labels are integers from 0")
+        if label and not is_label(label):
+            wanted = "class labels are integers from 0 to 2^63 - 1"
+            raise DataError(f"{url}: {name}.cls holds {label[:40]!r}: {wanted}")
         yield Item(f"{prefix}{n:06d}", image, label, name)
 
 # %% ../nbs/19_token_dataset.ipynb #e93bfb72
@@ -154,13 +156,13 @@ def prefetch(
     def load_all() -> Iterator[Item]:
         pending = deque()
         for item in items:
-            pending.append(pool.submit(load_item, item, fit, decoder))
+            pending.append(pool.apply_async(load_item, (item, fit, decoder)))
             if len(pending) == 3 * batch:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+                yield pending.popleft().get()
+        yield from (result.get() for result in pending)
 
     groups = defaultdict(list)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPool(workers) as pool:
         for item in load_all():
             size = image_size(item) if fit.crop else ()
             groups[size].append(item)
@@ -466,7 +468,7 @@ def describe_job(
         raise ValueError(f"unknown decoder {options.decoder!r}: one of {', '.join(DECODERS)}")
     coder, fit = coder_for(tok.fingerprint, tok.config.dim), options.fit
     job = {"version": SHARD_VERSION, "tokenizer": tok.fingerprint, "config": asdict(tok.config)}
-    job["precision"] = tok.precision
+    job["precision"] = tok.precision_of(tok.encoder)
     job["pictures"] = fingerprint(images)
     job["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:16]
     job |= DECODERS[options.decoder] | {"size": fit.size}
@@ -558,7 +560,7 @@ def tokenize(
     fit = ImageFit(size, aspect_ratios, budget, crop)
     options = ShardOptions(fit, batch, workers, compress, latents, decoder)
     check_options(shard_format, compress, crop, size=size, per_shard=per_shard, batch=batch, workers=workers)
-    folder, (rank, world) = Path(folder), rank_and_world()
+    folder, (rank, world) = Path(os.path.expanduser(folder)), rank_and_world()
     if tok.device.type == "cpu":
         retain_malloc_heap()
     found = open_source(images)
@@ -580,8 +582,8 @@ def tokenize(
 # %% ../nbs/19_token_dataset.ipynb #c1961ce4
 def read_manifest(folder: str | os.PathLike) -> dict:
     "Return the manifest of a data set; raise `FileNotFoundError` if incomplete, `ValueError` for damage."
-    file = Path(folder) / "manifest.json"
-    coder = Path(folder) / CODER_FILE
+    folder = Path(os.path.expanduser(folder))
+    file, coder = folder / "manifest.json", folder / CODER_FILE
     if not file.exists():
         raise FileNotFoundError(f"no {file}: no data set of bits, or not finished; rerun `bitvae tokenize`")
     try:
@@ -600,7 +602,7 @@ def verify_dataset(folder: str | os.PathLike) -> dict:  # the manifest
     manifest = read_manifest(folder)
     keys = set()
     for shard in shard_files(manifest["shards"]):
-        file = Path(folder) / shard["name"]
+        file = Path(os.path.expanduser(folder)) / shard["name"]
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: tokenize again to write missing shards")
         if file_checksum(file) != shard["sha256"]:
@@ -622,7 +624,7 @@ class TokenDataset(Dataset):
     "The images of a folder of shards; raise `FileNotFoundError` or `ValueError` if there is no data set."
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.manifest = read_manifest(folder)
         self.files = shard_files(self.manifest["shards"])
         self.positions = [(s["name"], n) for s in self.files for n in range(s["count"])]

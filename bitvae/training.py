@@ -8,7 +8,7 @@ __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent
            'prepare_model', 'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes',
            'mean_parts', 'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
            'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops', 'remaining_crops',
-           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'run_steps', 'train', 'add_train_arguments',
+           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'next_crops', 'run_steps', 'train',
            'train_from_args', 'main', 'train_arguments']
 
 # %% ../nbs/10_training.ipynb #7fc98361
@@ -37,6 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .bits import Bits, patch
 from .checkpoints import CheckpointError, internal_name, read_weights, tokenizer_files
+from .costs import estimate_cost
 from .data import Crop, CropPlan, CropRule, DataError, DeviceCrops, Images, Shards, Source
 from .data import as_tuple, crop_loader, image_files, open_source, reading
 from .images import ImageError, held_out_photographs, load_image, save_image
@@ -45,8 +46,9 @@ from .launch import EXPECTED_ERRORS, RESUME_HINT, Interrupted, StopSignals, anno
 from .launch import gather_objects, plain_output, rank_and_world, reduce_mean
 from .losses import Distance, PatchDiscriminator
 from .losses import discriminator_loss, generator_loss, perceptual_distance
-from .recipes import RECIPES, TrainConfig, estimate_cost, lr_multiplier, parse_setting, recipe
-from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, decode_progression
+from .recipes import TrainConfig, add_train_arguments, lr_multiplier, recipe
+from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, check_trackers
+from .run_dir import decode_progression, start_trackers
 from .run_dir import describe_run, deserialize_state, has_run, newest_checkpoint, open_run_dir
 from .run_dir import prune_checkpoints, read_checkpoint, read_run, sample_grid, serialize_state
 from .run_dir import summarize_bits, write_checkpoint
@@ -572,18 +574,27 @@ def explain_errors(folder: Path) -> Iterator[None]:
         raise TrainingDiverged(f"{e}; {kept}. {remedy}") from None
 
 # %% ../nbs/10_training.ipynb #40335c5d
+def next_crops(crops: Iterator[Crop], count: int, stop: StopSignals) -> list[Crop]:
+    "Return the crops of one step; fewer if a signal arrives."
+    try:
+        with stop.waiting():
+            return list(itertools.islice(crops, count))
+    except Interrupted:
+        return []
+
+
 def run_steps(
     t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, recorder, folder: Path, on_step=None,
 ):  # fmt: skip
     "Train to the last step; raise `Interrupted` after the step in which a signal arrived."
     c, device = t.config, t.accelerator.device
-    passes = list(itertools.islice(crops, c.accumulate))
+    passes = next_crops(crops, c.accumulate, stop)
     while t.step < c.steps:
         if len(passes) < c.accumulate:
             raise Interrupted(f"{stop.received} before step {t.step + 1} of {c.steps}, {RESUME_HINT}")
         started = time.monotonic()
         parts, bits = train_step(t, [crop.x.to(device) for crop in passes])
-        following = list(itertools.islice(crops, c.accumulate))  # while the device computes
+        following = next_crops(crops, c.accumulate, stop)  # while the device computes
         parts, stopped, found = synchronize(t, parts, passes, stop)
         passes = following
         if on_step:
@@ -606,17 +617,23 @@ def train(
     workers: int = 0,                    # loading processes per training process; 0: load in that process
     validation: Source | None = None,    # at most 8 images; None: four photographs of scikit-image
     perceptual: Distance | None = None,  # any callable, instead of the recipe's distance
-    wandb: str | None = None,            # project to log to on Weights & Biases
+    log_with: str | Sequence = (),       # Accelerate's trackers: names such as "tensorboard", or objects
+    project: str = "bitvae",             # under which the trackers file the run
     on_step: Callable[[Trainer, dict], None] | None = None,  # gets the trainer and the step's losses by name
 ) -> Path:  # the tokenizer's folder, for `BitVAE.from_pretrained`
     "Train; raise `RunExistsError`, `TrainingDiverged`, `Interrupted`, `CheckpointError`, or `DataError`."
     from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
 
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
+    log_with = [log_with] if isinstance(log_with, str) else [*log_with]
+    check_trackers(log_with)
     folder = Path(os.path.expanduser(folder))
     announce_group()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    logs = {"log_with": log_with or None,
+            "project_config": ProjectConfiguration(logging_dir=folder / "events")}  # fmt: skip
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **logs)
     images, config, main = open_source(images), resolve_config(config, folder), accelerator.is_main_process
     x = validation_images(validation, min(as_tuple(config.size)))
     perceptual = perceptual or perceptual_distance(config.perceptual)
@@ -631,37 +648,24 @@ def train(
         stack.enter_context(explain_errors(folder))
         if main:
             stack.enter_context(open_run_dir(folder, record, t.step))
-            recorder = Recorder(t, folder, stack.enter_context(MetricsLog(folder, t.step, wandb)), x)
+            trackers = start_trackers(accelerator, folder, t.step, project, config) if log_with else ()
+            recorder = Recorder(t, folder, stack.enter_context(MetricsLog(folder, t.step, trackers)), x)
         stop = stack.enter_context(StopSignals())
-        crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
+        with stop.waiting():
+            crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
         run_steps(t, crops, stop, unreadable, recorder, folder, on_step)
         if main:
             t.eval_model.save_pretrained(folder / "tokenizer")
         accelerator.wait_for_everyone()
     return folder / "tokenizer"
 
-# %% ../nbs/10_training.ipynb #01e63d0e
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    "Add the arguments of `train` to a command line."
-    add, source = parser.add_argument, {"nargs": "+", "metavar": "SOURCE"}
-    sources = "folders, lists (.txt), images, tar shards, datasets:NAME, or 'bundled'"
-    override = "override a value of the recipe, such as steps=1000 or multipliers=[1,2,4]; may be repeated"
-    same_run = "continue the run in this folder, if there is one"
-    add("recipe", help=f"one of {', '.join(RECIPES)}")
-    add("--images", default="bundled", help=sources, **source)
-    add("--validation", help="at most 8 images; default: four photographs of scikit-image", **source)
-    add("--folder", help="of the run; default: runs/RECIPE")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help=same_run)
-    add("--workers", type=int, default=0, help="processes that load images, for each process that trains")
-    add("--wandb", metavar="PROJECT", help="also log to this project on Weights & Biases")
-    add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help=override)
-
 # %% ../nbs/10_training.ipynb #220e136d
 def train_from_args(args: argparse.Namespace) -> Path:
     "Train as the parsed arguments say."
     images = args.images if isinstance(args.images, str) or len(args.images) > 1 else args.images[0]
     config, folder = recipe(args.recipe, **dict(args.set)), args.folder or f"runs/{args.recipe}"
-    return train(config, images, folder, args.resume, args.workers, args.validation, wandb=args.wandb)
+    trackers = {"log_with": args.log_with, "project": args.project}
+    return train(config, images, folder, args.resume, args.workers, args.validation, **trackers)
 
 # %% ../nbs/10_training.ipynb #1cc3d37f
 def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args) -> int:  # exit code
@@ -680,13 +684,15 @@ def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args
 # %% ../nbs/10_training.ipynb #b83e82bc
 def train_arguments(
     recipe_name: str, overrides: Mapping[str, object], images: Source, folder: str | os.PathLike,
-    resume: bool = True, workers: int = 0, validation: Source | None = None, wandb: str | None = None,
+    resume: bool = True, workers: int = 0, validation: Source | None = None, log_with: Sequence[str] = (),
+    project: str = "bitvae",
 ) -> list[str]:  # fmt: skip
     "Return the command line for these arguments of `train`."
     recipe(recipe_name, **overrides)  # report a mistake here, not in every process
-    line = [recipe_name, "--folder", str(folder), "--workers", str(workers)]
+    check_trackers(log_with)
+    line = [recipe_name, "--folder", str(folder), "--workers", str(workers), "--project", project]
     line.append("--resume" if resume else "--no-resume")
-    for option, source in (("--images", images), ("--validation", validation), ("--wandb", wandb)):
+    for option, source in (("--images", images), ("--validation", validation), ("--log-with", log_with)):
         if source:
             line += [option, *map(str, [source] if isinstance(source, str | os.PathLike) else source)]
     return line + [a for name, value in overrides.items() for a in ("--set", f"{name}={json.dumps(value)}")]

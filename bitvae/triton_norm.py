@@ -44,7 +44,7 @@ def load_tile(pointer, row, pixels, C: tl.constexpr, ROWS: tl.constexpr, COLS: t
     x = tl.load(pointer + row.to(tl.int64) * C + offsets, mask=mask, other=0.0)
     return x.to(tl.float32), offsets, mask
 
-
+# %% ../nbs/92_triton_norm.ipynb #9be7ca99
 @triton.jit
 def load_statistics(mean, rstd, image, C: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.constexpr):
     "Load mean and reciprocal standard deviation (1, COLS) of each channel's group, or two other such values."
@@ -54,7 +54,7 @@ def load_statistics(mean, rstd, image, C: tl.constexpr, GROUPS: tl.constexpr, CO
     r = tl.load(rstd + offsets, mask=cols < C, other=0.0)
     return m, r
 
-
+# %% ../nbs/92_triton_norm.ipynb #85da33e8
 @triton.jit
 def load_affine(weight, bias, C: tl.constexpr, COLS: tl.constexpr):
     "Load weight and bias (1, COLS) as float32."
@@ -102,7 +102,7 @@ def load_chunks(pointer, image, group, i, chunks, C: tl.constexpr, SIZE: tl.cons
     offsets = (image * chunks + rows).to(tl.int64) * C + group * SIZE + cols
     return tl.load(pointer + offsets, mask=mask, other=0.0), rows, mask
 
-
+# %% ../nbs/92_triton_norm.ipynb #19ff6220
 @triton.jit
 def combine_moments(
     means, squares, mean, rstd, pixels, chunks, per_chunk, eps,
@@ -270,12 +270,12 @@ def launch_sizes(x: Tensor, groups: int) -> tuple:
     grids = (chunks, B), (groups, B), (triton.cdiv(H * W, rows * APPLY_TILES), B)
     return grids, shape, combine, tiles, chunks
 
-
+# %% ../nbs/92_triton_norm.ipynb #87d76388
 def channels_last(x: Tensor) -> Tensor:
     "Return a feature map in channels-last layout, copied only if it is in another one."
     return x.contiguous(memory_format=torch.channels_last)
 
-
+# %% ../nbs/92_triton_norm.ipynb #ca90af6b
 @torch.library.custom_op("bitvae::group_norm", mutates_args=())
 def group_norm_op(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None

@@ -23,6 +23,10 @@ MODULES = [
     "papermill",
     "scipy.linalg",
     "skimage.metrics",
+    "bitvae.evaluation",
+    "bitvae.token_dataset",
+    "bitvae.training",
+    "bitvae.viewer.app",
     "torch.utils.tensorboard",
     "torchvision.models",
 ]

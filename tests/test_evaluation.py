@@ -1,5 +1,6 @@
 """Evaluation: independent of batch size, processes and interruptions; reference metrics; bounded memory."""
 
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from bitvae.checkpoints import published_names
 from bitvae.evaluation import evaluate, main, protocol_rows, rank_results, read_results
-from bitvae.images import held_out_photographs, load_image, save_image
+from bitvae.images import MAX_RESIZED_PIXELS, held_out_photographs, load_image, save_image
 from bitvae.losses import TRUNKS
 from bitvae.metrics import (
     INCEPTION_FILES,
@@ -31,10 +32,44 @@ from bitvae.metrics import (
     crop_image,
     protocol,
     to_protocol_bytes,
+    torchvision_crop,
 )
 from bitvae.tokenizer import BitVAE, BitVAEConfig
 
 pytestmark = pytest.mark.slow
+
+
+class Geometry(Image.Image):
+    "An RGB image without pixels that records how it is resized and cropped."
+
+    def __init__(self, width, height, steps=()):
+        super().__init__()
+        self._size, self._mode, self.steps = (width, height), "RGB", steps
+
+    def convert(self, mode):
+        return self
+
+    def resize(self, size, *_, **__):
+        return Geometry(*size, (*self.steps, size))
+
+    def crop(self, box):
+        return Geometry(box[2] - box[0], box[3] - box[1], (*self.steps, box))
+
+
+@pytest.mark.parametrize(("name", "size"), [("published", 256), ("published", 512), ("bsq-vit", 256)])
+def test_crops_of_all_sizes_are_those_of_torchvision(name, size):
+    "The code calls torchvision's functions; compare with its transforms, which the published script uses."
+    p = protocol(name, size=size)
+    filters = torchvision.transforms.InterpolationMode
+    steps = [torchvision.transforms.Resize(size, filters(p.resize)), torchvision.transforms.CenterCrop(size)]
+    transform = torchvision.transforms.Compose(steps)
+    for width, height in itertools.product(range(1, 701), repeat=2):
+        if size**2 * max(width, height) / min(width, height) > MAX_RESIZED_PIXELS:
+            continue  # of aspect ratio 256 or more at 512 pixels: cut before it is resized
+        image = Geometry(width, height)
+        found, expected = torchvision_crop(image, p), transform(image)
+        assert (found.steps, found.size) == (expected.steps, (size, size)), (width, height)
+
 
 WORKER = """
 import sys, torch

@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from bitvae import BitVAE, load_image, save_image
 from bitvae.checkpoints import RELEASED, CheckpointError, fetch_released, published_names
-from bitvae.data import CropPlan, DataError, RandomCrops, crop_loader
+from bitvae.data import CropPlan, DataError, DeviceCrops, RandomCrops, crop_loader
 from bitvae.evaluation import protocol_rows, read_results
 from bitvae.images import bundled_photographs, to_uint8
 from bitvae.launch import Interrupted
 from bitvae.recipes import recipe
 from bitvae.run_dir import RunExistsError, newest_checkpoint, read_metrics
+from bitvae.token_dataset import Item, prefetch
 from bitvae.tokenizer import BitVAEConfig
 from bitvae.training import TrainingDiverged, train
 
@@ -136,13 +138,13 @@ def test_a_gpu_gets_the_batches_of_the_cpu(workers):
         assert found.x.is_cuda and torch.equal(to_uint8(found.x).cpu(), to_uint8(expected.x))
 
 
-def test_a_signal_ends_the_wait_for_images(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_the_wait_for_images(tmp_path, monkeypatch, workers):
     crop, parent = RandomCrops.crop, os.getpid()
 
     def stuck(self, n, size):
-        if n >= 4 and os.getpid() != parent:
-            time.sleep(2)  # until it waits
-            os.kill(parent, signal.SIGTERM)
+        if n >= 4 and (workers == 0 or os.getpid() != parent):
+            threading.Timer(2, os.kill, (parent, signal.SIGTERM)).start()
             time.sleep(60)
         return crop(self, n, size)
 
@@ -150,9 +152,40 @@ def test_a_signal_ends_the_wait_for_images(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # to end the worker
     started = time.monotonic()
     with pytest.raises(Interrupted, match=r"SIGTERM after step \d of 6: its checkpoint is in"):
-        train(recipe("smoke", steps=6), bundled_photographs()[:2], tmp_path, workers=1)
+        train(recipe("smoke", steps=6), bundled_photographs()[:2], tmp_path, workers=workers)
     assert time.monotonic() - started < 30
     assert newest_checkpoint(tmp_path / "checkpoints")[1]["step"] <= 2
+
+
+def decode_on_the_device():
+    DeviceCrops([Path("x.png")], CropPlan(32, 1))
+
+
+def decode_for_tokens():
+    next(prefetch([Item("0", Path("x.png"), "")], 64, batch=1, workers=1))
+
+
+@pytest.mark.parametrize("work", [decode_on_the_device, decode_for_tokens])
+def test_a_signal_ends_the_wait_for_threads(monkeypatch, work):
+    for module in ("data", "token_dataset"):
+        monkeypatch.setattr(f"bitvae.{module}.open_image", lambda *_: time.sleep(20))
+    started = time.monotonic()
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert time.monotonic() - started < 10
+
+
+def load_with_few_open_files():
+    "Start more processes than descriptors allow."
+    free = 10 + len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+    next(crop_loader(bundled_photographs(), CropPlan(32, 1), range(3), workers=4))
+
+
+def test_processes_that_cannot_start_are_one_error():
+    run = call(load_with_few_open_files)
+    assert "cannot start 4 processes that load images" in run.stderr and "ignored" not in run.stderr
 
 
 def test_variables_of_another_launcher_are_ignored(tmp_path):

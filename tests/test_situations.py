@@ -2,19 +2,77 @@
 
 import json
 import os
+import subprocess
 import sys
+import tarfile
+import tempfile
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from children import bitvae, call, command_line
+from children import ROOT, bitvae, call, command_line
+from PIL import Image
 from safetensors.torch import save_file
 
-from bitvae import Bits, BitVAE, load_image, save_image
-from bitvae.images import atomic_write, bundled_photographs
+from bitvae import Bits, BitVAE, BitVAEConfig, load_image, save_image
+from bitvae.data import CropPlan, CropRule, DataError, DeviceCrops, image_files, image_labels, write_list
+from bitvae.evaluation import evaluate, read_results, save_results
+from bitvae.images import ImageError, atomic_write, bundled_photographs
+from bitvae.metrics import protocol
+from bitvae.recipes import TrainConfig, recipe
+from bitvae.token_dataset import TokenDataset, add_to_tar, tokenize, verify_dataset
+
+# archives, folders and images
+
+
+def test_archive_names_and_labels(tmp_path):
+    picture = bundled_photographs()[0].read_bytes()
+
+    def tokens(**members):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, content in members.items():
+                add_to_tar(tar, name, content)
+        folder = tempfile.mkdtemp(dir=tmp_path)
+        tokenize(BitVAE.from_pretrained("demo"), tmp_path / "x.tar", folder, size=32)
+        return [image.label for image in TokenDataset(folder)]
+
+    assert tokens(**{"./0.jpg": picture, "0.cls": b"5"}) == [5]
+    with pytest.raises(DataError, match=r"x\.tar holds 0\.jpg twice"):
+        tokens(**{"./0.jpg": picture, "0.jpg": picture})
+    for label in ("²", "9" * 20):
+        with pytest.raises(DataError, match=rf"x\.tar: 0\.cls holds '{label}': class labels are integers"):
+            tokens(**{"0.jpg": picture, "0.cls": label.encode()})
+
+
+def test_endings_system_folders_and_label_files(tmp_path):
+    for name in ("a/0.mpo", "$RECYCLE.BIN/1.png", "System Volume Information/2.png"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        save_image(torch.zeros(3, 32, 32), file := tmp_path / "set" / name)
+    assert image_files(tmp_path / "set") == [tmp_path / "set" / "a" / "0.mpo"]
+    (tmp_path / "labels").write_text("²")
+    with pytest.raises(DataError, match="labels holds '²': class labels are integers"):
+        image_labels([file], tmp_path / "labels")
+
+
+def test_a_thin_image_stays_small_on_the_device(tmp_path):
+    Image.new("RGB", (2, 8000), "red").save(tmp_path / "thin.png")
+    crops = DeviceCrops([tmp_path / "thin.png"], CropPlan(256, 1), CropRule(upscale=True))
+    assert crops.pixels.shape == (4 * 256**2, 3)
+
+
+def test_text_in_place_of_a_path():
+    with pytest.raises(ImageError, match=r"^'/9j/.{76}'\.\.\. is too long for a file name"):
+        load_image("/9j/" * 100_000)
+
 
 # output goes where it was sent
+
+
+def test_a_full_disk_is_named():
+    with pytest.raises(OSError, match=r"cannot write /dev/full \(No space left on device\): free disk space"):
+        with atomic_write("/dev/full") as part:
+            part.write_bytes(b"x")
 
 
 def test_links_devices_modes_and_long_names(tmp_path):
@@ -49,6 +107,15 @@ def test_home_and_names_with_a_tilde(tmp_path, monkeypatch):
     assert bitvae("encode", "~x.png", "~/x.bits").returncode == 0
     assert Bits.load("~/x.bits").image_size == (32, 32)
     assert BitVAE.from_pretrained(BitVAE.from_pretrained("demo").save_pretrained("~/tok")).config.dim == 6
+    save_image(torch.zeros(3, 32, 32), tmp_path / "home" / "images.png")
+    tokenize(BitVAE.from_pretrained("demo"), "~/images.png", "~/bits", size=32)
+    assert verify_dataset("~/bits")["count"] == len(TokenDataset("~/bits")) == 1
+    results = evaluate(BitVAE.from_pretrained("demo"), "~/images.png", protocol("clamped", size=32))
+    save_results(results, "~/results")
+    assert read_results("~/results")["images"] == ["images.png"]
+    (tmp_path / "home" / "labels").write_text("7")
+    assert image_labels(image_files("~/images.png"), "~/labels") == ["7"]
+    assert write_list("~/bits/..", "~/list.txt") == 1
     assert not (tmp_path / "~").exists()
 
 
@@ -72,7 +139,8 @@ def test_run_an_odd_notebook_on_an_odd_machine(tmp_path):
     (folder / "kernel.json").write_text(json.dumps(spec))
     (temporary := tmp_path / ("t" * 90)).mkdir()
     env = {"JUPYTER_PATH": str(tmp_path), "TMPDIR": str(temporary), "HOME": "~"}
-    run = bitvae("run", tmp_path / "a{b}.ipynb", tmp_path / "out.ipynb", "--set", "x=2024", **env)
+    output = tmp_path / f"{'o' * 249}.ipynb"
+    run = bitvae("run", tmp_path / "a{b}.ipynb", output, "--set", "x=2024", **env)
     assert (run.returncode, run.stderr) == (0, "") and run.stdout.startswith("'2024'\n")
 
 
@@ -144,3 +212,41 @@ def info_into_closed_pipe():
 def test_a_closed_pipe_ends_quietly():
     run = call(info_into_closed_pipe)
     assert (run.returncode, run.stderr) == (141, "")
+
+
+HELP = """
+import sys
+from bitvae.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as e:
+    sys.exit(e.code or 7 * ("torch" in sys.modules))
+"""
+
+
+LINES = ["--help", "--version", "train --help", "train d16_stage2 --help", "run --help"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_help_needs_no_torch(line):
+    "Nor anything else that takes seconds to import; a new process, since the test's own has torch."
+    command = [sys.executable, "-c", HELP, *line.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    if line.startswith("train"):
+        values = recipe("d16_stage2") if "stage2" in line else TrainConfig()
+        for f in (*fields(TrainConfig), *fields(BitVAEConfig)):
+            assert f"  {f.name}=" in result.stdout or f.name in ("name", "model")
+        assert f"steps={values.steps} " in result.stdout
+        assert "(float, positive, at most 1)" in " ".join(result.stdout.split())
+
+
+def test_modules_load_in_any_order():
+    "The methods of `Bits` and `BitVAE` that other modules add need no import of these modules."
+    program = (
+        "from bitvae.tokenizer import BitVAE; import torch; tok = BitVAE.from_pretrained('demo'); "
+        "bits = tok.encode(torch.zeros(1, 3, 64, 64)); from bitvae.bits import Bits; "
+        "assert Bits.from_bytes(bits.to_bytes()) == bits; import bitvae; bitvae.plots, bitvae.Bits"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from children import call, free_port
+from children import bitvae, call, free_port
 
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 PEAK = """
 import re, sys, torch
+from importlib.util import find_spec
 from pathlib import Path
 from accelerate import Accelerator
 from bitvae.recipes import recipe
@@ -161,14 +163,23 @@ def test_progress_lines(tmp_path, capsys):
 
 WANDB = """
 import json
+from importlib.util import find_spec
 from pathlib import Path
+
+class Config(dict):
+    def update(self, values, **options): super().update(values)
+
+config = Config()
 
 def init(**settings):
     return Run(Path(settings["dir"], "told.json"), {"settings": settings, "steps": [], "values": []})
 
+def Image(pixels):
+    return list(pixels.shape)
+
 class Run:
     def __init__(self, file, told): self.file, self.told = file, told
-    def finish(self): self.file.write_text(json.dumps(self.told))
+    def finish(self): self.file.write_text(json.dumps(self.told | {"config": config}))
     def log(self, values, step):
         self.told["steps"].append(step)
         self.told["values"].append(values)
@@ -178,7 +189,10 @@ class Run:
 def train_with_wandb(packages, folder):
     "Train in a child that imports wandb from a folder."
     sys.path.insert(0, str(packages))
-    train(recipe("smoke"), "bundled", folder, wandb="tokenizers")
+    from accelerate.tracking import LoggerType, get_available_trackers
+
+    get_available_trackers().append(LoggerType.WANDB)  # Accelerate looked before the folder was there
+    train(recipe("smoke"), "bundled", folder, log_with="wandb", project="tokenizers")
 
 
 def test_weights_and_biases(tmp_path):
@@ -188,16 +202,35 @@ def test_weights_and_biases(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     told = json.loads((tmp_path / "run" / "told.json").read_text())  # written at the end of the run
     assert told["settings"]["project"] == "tokenizers" and told["settings"]["resume"] == "allow"
-    assert told["settings"]["config"]["config"]["name"] == "smoke"
-    assert told["steps"] == [0, 1, 2]
-    assert {"loss", "entropy/1x1"} <= set(told["values"][0])
-    (tmp_path / "wandb.py").write_text("raise ModuleNotFoundError(\"No module named 'wandb'\")")
-    result = call(train_with_wandb, tmp_path, tmp_path / "other")
-    assert result.returncode == 1 and "pip install wandb" in result.stderr.splitlines()[-1]
+    assert told["config"]["name"] == "smoke" and told["config"]["steps"] == 3
+    losses = [(step, v["loss"]) for step, v in zip(told["steps"], told["values"], strict=True) if "loss" in v]
+    assert [step for step, _ in losses] == [0, 1, 2]
+    assert "entropy/1x1" in told["values"][0]
+    images = [v["samples"] for v in told["values"] if "samples" in v]
+    assert len(images) == 2 and images[0][0][-1] == 3  # height, width, channels
+
+
+def test_trackers_on_the_command_line(tmp_path):
+    "A tracker without its package stops the command before the run's folder is made; others get the steps."
+    missing = next(name for name in ("comet_ml", "aim", "mlflow") if not find_spec(name))
+    result = bitvae("train", "smoke", "--folder", tmp_path / "run", "--log-with", "tensorboard", missing)
+    assert result.returncode == 1 and f"pip install {missing}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    options = ["--log-with", "tensorboard", "--project", "bits", "--processes", "2"]
+    result = bitvae("train", "smoke", "--folder", tmp_path / "run", *options)
+    assert result.returncode == 0, result.stderr
+    assert [event.step for event in read_events(tmp_path / "run/events/bits").Scalars("loss")] == [0, 1, 2]
+
+
+def read_events(folder):
+    "Read TensorBoard's events of a folder."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
 
 
 def test_an_unfinished_run_opens(tmp_path):
-    train(recipe("smoke", steps=4, ema=0.5), "bundled", tmp_path)
+    train(recipe("smoke", steps=4, ema=0.5), "bundled", tmp_path, log_with="tensorboard")
     finished = BitVAE.from_pretrained(tmp_path)
     for file in (tmp_path / "tokenizer").iterdir():
         file.unlink()
@@ -205,10 +238,7 @@ def test_an_unfinished_run_opens(tmp_path):
     x = load_image(bundled_photographs()[0], 64)
     assert BitVAE.from_pretrained(tmp_path).encode(x) == finished.encode(x)
     assert {f.name for f in (tmp_path / "samples").iterdir()} == {"step-00000002.png", "step-00000004.png"}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "events"))
-    events.Reload()
+    events = read_events(tmp_path / "events" / "bitvae")
     assert len(events.Scalars("loss")) == 4
     assert "samples" in events.Tags()["images"]
 
