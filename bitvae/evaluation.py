@@ -6,13 +6,13 @@
 __all__ = ['THUMBNAILS', 'CODECS', 'LIBRARIES', 'METRICS', 'FeatureView', 'SET_METRICS', 'ORIGINALS', 'HIGHER_IS_BETTER',
            'METRIC_TITLES', 'PUBLISHED_RESULTS', 'thumbnail', 'codec_at_rate', 'iterate_prefixes', 'Reconstruction',
            'reconstructions', 'load_networks', 'EvalJob', 'score_images', 'feature_views', 'reference_view',
-           'all_views', 'image_features', 'PartialResult', 'add_features', 'check_finite', 'settle', 'add_batch',
-           'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts', 'assign_images', 'merge_parts',
-           'evaluate_pending', 'reference_files', 'load_references', 'sample_features', 'update_references',
-           'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'evaluate_group',
-           'check_settings', 'collect_warnings', 'evaluate', 'protocol_rows', 'final_row', 'metric_names',
-           'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table', 'markdown_table', 'save_results',
-           'read_results', 'add_evaluate_arguments', 'evaluate_arguments', 'evaluate_from_args', 'main',
+           'all_views', 'image_features', 'PartialResult', 'add_features', 'check_finite', 'settle', 'budget_schedules',
+           'rate_per_image', 'add_batch', 'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts',
+           'assign_images', 'merge_parts', 'evaluate_pending', 'reference_files', 'load_references', 'sample_features',
+           'update_references', 'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule',
+           'evaluate_group', 'check_settings', 'collect_warnings', 'evaluate', 'protocol_rows', 'final_row',
+           'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table', 'markdown_table',
+           'save_results', 'read_results', 'add_evaluate_arguments', 'evaluate_arguments', 'evaluate_from_args', 'main',
            'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results',
            'published_table']
 
@@ -31,7 +31,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +54,8 @@ from .metrics import (
     protocol_hash, psnr_of_levels, sample_indices, set_distances, ssim_of_levels, to_float64, to_levels,
     to_protocol_bytes)
 from .run_dir import serialize_state
+from .schedules import GENERATION_BUDGETS, GENERATION_RATIOS, Schedule, Size, generation_size
+from .schedules import scale_schedule
 from .tokenizer import BitVAE
 
 # %% ../nbs/14_evaluation.ipynb #e16e3f0b
@@ -277,9 +279,31 @@ def settle(job: EvalJob, result: PartialResult) -> PartialResult:
         sums.cpu()
     return result
 
+# %% ../nbs/14_evaluation.ipynb #cf349de7
+def budget_schedules(tok: BitVAE, budget: str) -> dict[Size, Schedule]:
+    "Return the schedule of each size of a budget, square first; raise `ValueError` if lengths differ."
+    ratios, stride = [r for ratio in GENERATION_RATIOS for r in (ratio, 1 / ratio)], tok.config.stride
+    sizes = dict.fromkeys(generation_size(r, budget) for r in ratios)
+    schedules = {s: scale_schedule(*(-(-n // stride) for n in s), tok.quantizer.mode) for s in sizes}
+    if len(lengths := {len(schedule) for schedule in schedules.values()}) > 1:
+        raise ValueError(f"mode {tok.quantizer.mode!r} has {min(lengths)} to {max(lengths)} scales at the "
+                         f"sizes of {budget}: choose another mode or budget")
+    return schedules
+
+
+def rate_per_image(job: EvalJob, row: Reconstruction) -> Reconstruction:
+    "Describe a row of images of several sizes by a square image, and keep the rate of each image."
+    if "scales" not in row.info:
+        return row
+    schedule = next(iter(budget_schedules(job.tok, job.protocols[0].budget).values()))
+    k, rate = row.info["scales"], row.info["bits_per_pixel"]
+    bits = sum(h * w for h, w in schedule[:k]) * job.tok.config.dim
+    info = {"scales": k, "last_scale": list(schedule[k - 1]), "bits": bits}
+    return replace(row, info=info, bits_per_pixel=[rate] * len(row.y))
+
 # %% ../nbs/14_evaluation.ipynb #3f964cfc
 def add_batch(job: EvalJob, result: PartialResult, crops: Tensor, indices: Sequence[int]) -> None:
-    "Evaluate images, uint8 (B, 3, size, size), of these files; the results may still be on their way."
+    "Evaluate images, uint8 (B, 3, H, W), of these files; the results may still be on their way."
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=8) for image in crops.numpy()]
     result.digests += [digest.hexdigest() for digest in hashes]
     on_gpu = job.tok.device.type == "cuda"
@@ -290,6 +314,7 @@ def add_batch(job: EvalJob, result: PartialResult, crops: Tensor, indices: Seque
         features = {n: f.features(x) for n, f in job.nets.items() if isinstance(f, EfficientNetDistance)}
     add_features(job, result, ORIGINALS, x, indices)
     for row in reconstructions(job.tok, x, bits, job.codec_rates, job.prefixes):
+        row = rate_per_image(job, row) if job.protocols[0].budget else row
         result.info[row.name], cache = row.info, {}
         result.unchecked.append((row.name, indices, row.y.isfinite().flatten(1).all(1)))
         for p in job.protocols:
@@ -305,7 +330,7 @@ def add_batch(job: EvalJob, result: PartialResult, crops: Tensor, indices: Seque
 
 # %% ../nbs/14_evaluation.ipynb #fe42a20e
 def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[dict, dict[int, str]]:
-    "Read and crop images; return index -> uint8 (1, 3, size, size), and index -> reason of unreadable ones."
+    "Read and crop images; return index -> uint8 (1, 3, H, W), and index -> reason of unreadable ones."
     crops, unreadable = {}, {}
     for i in indices:
         try:
@@ -316,11 +341,15 @@ def crop_batch(indices: list[int], files: Images, p: Protocol) -> tuple[dict, di
 
 # %% ../nbs/14_evaluation.ipynb #52beffc0
 def read_batches(job: EvalJob, indices: Sequence[int]) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
-    "Read these images: yield indices, uint8 crops (B, 3, size, size), reasons; raise `FileNotFoundError`."
+    "Read images: yield indices, uint8 crops (B, 3, H, W) of one size, reasons; raise `FileNotFoundError`."
     groups = [list(indices[i : i + job.batch]) for i in range(0, len(indices), job.batch)]
     convert = partial(crop_batch, files=job.files, p=job.protocols[0])
     for crops, unreadable in read_items(groups, convert, job.workers):
-        yield list(crops), torch.from_numpy(np.concatenate([*crops.values()])) if crops else None, unreadable
+        if unreadable:
+            yield [], None, unreadable
+        for shape in dict.fromkeys(crop.shape for crop in crops.values()):
+            same = {i: crop for i, crop in crops.items() if crop.shape == shape}
+            yield list(same), torch.from_numpy(np.concatenate([*same.values()])), {}
 
 # %% ../nbs/14_evaluation.ipynb #f37a2b90
 def load_safely(file: Path) -> object:
@@ -595,6 +624,9 @@ def evaluate(
         check_settings(parts, results | {"protocols": hashes, "mode": mode})
     wait_for_all()
     results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
+    for p in (p for p in protocols if p.budget):
+        with use_schedule(tok, p.mode or mode):
+            budget_schedules(tok, p.budget)
     for (schedule, crop), group in group_protocols(protocols, mode).items():
         place = parts and parts / f"{schedule}-{crop}"
         job = EvalJob(tok, files, group, metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers,
@@ -715,6 +747,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="folders, lists (.txt), images, 'bundled' or 'held-out'")
     add("--protocols", nargs="+", default=["clamped"], metavar="NAME", help=f"of {', '.join(PROTOCOLS)}")
     add("--resolutions", nargs="+", type=int, default=[256], metavar="PIXELS", help="of the square crops")
+    budgets = "sizes of Infinity's 15 aspect ratios instead of squares, resized by Lanczos"
+    add("--budgets", nargs="+", choices=GENERATION_BUDGETS, default=[], metavar="PIXELS",
+        help=f"{budgets}: of {', '.join(GENERATION_BUDGETS)}")
     add("--metrics", nargs="+", default=["psnr", "ssim"], metavar="METRIC", help=f"of {', '.join(METRICS)}")
     rates = "bits per pixel of JPEG and WebP files to compare"
     add("--codec-rates", nargs="*", type=float, default=[], metavar="BITS", help=rates)
@@ -747,7 +782,9 @@ def evaluate_from_args(args: argparse.Namespace) -> dict:
         tok = tok.to(f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}")
     tok = optimize(tok)
     tok.precision = args.precision
-    protocols = [protocol(name, size=size) for size in args.resolutions for name in args.protocols]
+    sizes = [{"budget": budget, "resize": "lanczos"} for budget in args.budgets]
+    sizes = sizes or [{"size": size} for size in args.resolutions]
+    protocols = [protocol(name, **size) for size in sizes for name in args.protocols]
     names = ("metrics", "batch", "workers", "codec_rates", "prefixes", "folder")
     options = {name: getattr(args, name) for name in names}
     results = evaluate(tok, args.images, protocols, **options)
@@ -786,7 +823,7 @@ def protocol_fields(named: Mapping[str, dict]) -> dict[str, list[str]]:
     "Return what comparable results share, for every entry: the protocol's fields, images and sample."
     entries = protocol_entries(named).values()
     names = [f.name for f in fields(Protocol) if f.name != "name"]
-    values = {name: [str(entry["protocol"][name]) for entry, _ in entries] for name in names}
+    values = {name: [str(entry["protocol"].get(name)) for entry, _ in entries] for name in names}
     values["images"] = [f"{len(results['images'])} {entry['pixels'][:8]}" for entry, results in entries]
     return values | {"sample": [str(results["sample"]) for _, results in entries]}
 

@@ -6,9 +6,9 @@
 __all__ = ['COLORS', 'STYLE', 'TRANSPOSITIONS', 'MAX_RESIZED_PIXELS', 'DECODERS', 'HELD_OUT', 'from_uint8', 'to_tensor',
            'to_uint8', 'to_image', 'new_figure', 'compress_figure', 'display_figure', 'draw_image', 'fit_text',
            'show_images', 'ImageError', 'ImageBytes', 'from_16bit_grey', 'exif_transposition', 'to_rgb', 'open_lazy',
-           'open_image', 'jpeg_size', 'cut_long_sides', 'center_crop', 'load_image', 'read_pixels', 'resize_pixels',
-           'center_crop_pixels', 'staging_path', 'atomic_write', 'save_image', 'error_map', 'difference',
-           'bundled_photographs', 'held_out_photographs']
+           'open_image', 'jpeg_size', 'cut_long_sides', 'center_crop', 'cover_crop', 'load_image', 'read_pixels',
+           'resize_pixels', 'center_crop_pixels', 'staging_path', 'atomic_write', 'save_image', 'error_map',
+           'difference', 'bundled_photographs', 'held_out_photographs']
 
 # %% ../nbs/00_images.ipynb #c8115906
 import errno
@@ -294,6 +294,22 @@ def center_crop(
     image = image.resize([max(size, round(n * scale)) for n in image.size], resample)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+# %% ../nbs/00_images.ipynb #fbcf9843
+def cover_crop(
+    image: Image.Image,
+    height: int, width: int,  # of the result, pixels
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:  # (width, height)
+    "Scale an image to cover a size and crop the center."
+    image = cut_long_sides(image, max(height, width))
+    if image.width / image.height <= width / height:
+        sides = width, max(height, int(width / (image.width / image.height)))
+    else:
+        sides = max(width, int(image.width / image.height * height)), height
+    image = image.resize(sides, resample)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 # %% ../nbs/00_images.ipynb #8131bde6
 def load_image(

@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from .bits import Bits
 from .checkpoints import weights_dir
-from .images import center_crop, cut_long_sides, ImageBytes, open_image, open_lazy
+from .images import center_crop, cover_crop, cut_long_sides, ImageBytes, open_image, open_lazy
 from .images import to_image, to_tensor, to_uint8
 from .losses import EfficientNetDistance
 from .quantizer import binary_entropy
-from .schedules import scale_schedule
+from .schedules import GENERATION_BUDGETS, nearest_generation_size, scale_schedule
 
 # %% ../nbs/13_metrics.ipynb #c31f09b4
 RESIZES = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "lanczos": Resampling.LANCZOS}
@@ -53,6 +53,7 @@ class Protocol:
     resize: str = "bicubic"        # filter, one of `RESIZES`
     antialias: bool = True         # widen the filter when downsampling, as Pillow does
     halve: bool = False            # first halve by 2x2 means while the result is large enough, as ADM does
+    budget: str | None = None      # sizes of Infinity's 15 aspect ratios instead, see `generation_size`
     torchvision: bool = False      # resize and crop by torchvision: other rounding, no EXIF orientation
     mode: str | None = None        # schedule mode; None: the tokenizer's
     # reconstructions
@@ -68,7 +69,7 @@ class Protocol:
         object.__setattr__(self, "lpips", tuple(self.lpips))
         check_protocol(self)
 
-    def __str__(self) -> str: return f"{self.name} {self.size}"
+    def __str__(self) -> str: return f"{self.name} {self.budget or self.size}"
 
 # %% ../nbs/13_metrics.ipynb #fa69383a
 def check_protocol(p: Protocol) -> None:
@@ -79,6 +80,9 @@ def check_protocol(p: Protocol) -> None:
         "resize": (p.resize in RESIZES, f"one of {', '.join(RESIZES)}"),
         "antialias": (p.antialias or not (p.resize == "lanczos" or p.torchvision),
                       "True with lanczos or torchvision"),
+        "budget": (p.budget in (None, *GENERATION_BUDGETS), f"of {', '.join(GENERATION_BUDGETS)}, or None"),
+        "torchvision": (not (p.budget and (p.torchvision or p.halve or not p.antialias)),
+                        "False, halve False and antialias True with a budget"),
         "halve": (not (p.halve and p.torchvision), "False with torchvision"),
         "rounding": (p.rounding in ("round", "truncate"), "'round' or 'truncate'"),
         "ssim_window": (window is None or window in range(3, p.size + 1, 2), "odd, from 3 to size, or None"),
@@ -104,7 +108,7 @@ PROTOCOLS = {p.name: p for p in (
 # %% ../nbs/13_metrics.ipynb #7ac06684
 def protocol(
     name: str,    # one of `PROTOCOLS`
-    **overrides,  # fields of `Protocol`; all but size are appended to its name
+    **overrides,  # fields of `Protocol`; all but size and budget are appended to its name
 ) -> Protocol:
     "Return a named protocol with some fields replaced; raise `ValueError` for unknown names."
     if name not in PROTOCOLS:
@@ -114,20 +118,22 @@ def protocol(
         raise ValueError(f"unknown field {', '.join(unknown)} of a protocol: known are {', '.join(known)}")
     base = PROTOCOLS[name]
     changed = {key: v for key, v in overrides.items() if getattr(base, key) != v}
-    added = "".join(f", {key}={v}" for key, v in changed.items() if key != "size")
+    added = "".join(f", {key}={v}" for key, v in changed.items() if key not in ("size", "budget"))
     return replace(base, name=name + added, **changed)
 
 # %% ../nbs/13_metrics.ipynb #8553bdd5
 def protocol_hash(p: Protocol) -> str:
     "Return 16 hexadecimal digits of all fields but the name."
     values = {key: v for key, v in asdict(p).items() if key != "name"}
+    if p.budget is None:  # as before there were budgets
+        del values["budget"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/13_metrics.ipynb #3c47410e
 def crop_key(p: Protocol) -> str:
     "Return a string that is equal for protocols with the same crops."
     flags = {"-aliased": not p.antialias, "-halved": p.halve, "-torchvision": p.torchvision}
-    return p.resize + "".join(name for name, present in flags.items() if present) + f"-{p.size}"
+    return p.resize + "".join(name for name, present in flags.items() if present) + f"-{p.budget or p.size}"
 
 # %% ../nbs/13_metrics.ipynb #c88bd175
 def torchvision_crop(file: str | os.PathLike | ImageBytes | Image, p: Protocol) -> Image:
@@ -143,11 +149,15 @@ def torchvision_crop(file: str | os.PathLike | ImageBytes | Image, p: Protocol) 
 def crop_image(
     file: str | os.PathLike | ImageBytes | Image,  # any file Pillow reads, or an open image
     p: Protocol,
-) -> Tensor:  # (1, 3, size, size) in [-1, 1]
+) -> Tensor:  # (1, 3, size, size) in [-1, 1], with a budget (1, 3, H, W)
     "Read and crop an image as the protocol does; raise `FileNotFoundError` or `ImageError`."
     if p.torchvision:
         return to_tensor(torchvision_crop(file, p))
-    image = cut_long_sides(open_image(file), p.size)
+    image = open_image(file)
+    if p.budget:
+        size = nearest_generation_size(image.height, image.width, p.budget)
+        return to_tensor(cover_crop(image, *size, RESIZES[p.resize]))
+    image = cut_long_sides(image, p.size)
     while p.halve and min(image.size) >= 2 * p.size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     if not p.antialias:

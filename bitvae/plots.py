@@ -448,12 +448,13 @@ def plot_extremes(
     metric = next(iter(scores))
     p = Protocol(**results["protocols"][label or next(iter(results["protocols"]))]["protocol"])
     chosen = best_and_worst(scores[metric], count, metric in HIGHER_IS_BETTER)
-    x = torch.cat([crop_image(files[i], p) for i in chosen])
+    xs = [crop_image(files[i], p) for i in chosen]
     with use_schedule(tok, p.mode or tok.quantizer.mode):
-        y = tok.decode(tok.encode(x), p.clamp)
+        ys = [tok.decode(tok.encode(x), p.clamp) for x in xs]
+    errors = [error_map(x, y) for x, y in zip(xs, ys, strict=True)]
     name = METRIC_TITLES.get(metric, metric).removesuffix(", dB")
     titles = [f"{Path(results['images'][i]).stem}\n{name} {scores[metric][i]:.4g}" for i in chosen]
-    fig = show_images([x, y, error_map(x, y)], titles, columns=len(chosen), width=width)
+    fig = show_images([*xs, *ys, *errors], titles, columns=len(chosen), width=width)
     for row, name in enumerate(("image", "reconstruction", "error")):
         fig.axes[row * len(chosen)].set_ylabel(name, fontsize=8)
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'GENERATION_BUDGETS', 'GENERATION_RATIOS',
            'parse_sizes', 'extend_ladder', 'stretch_schedule', 'size_ratio', 'nearest_schedule', 'schedule_for_aspect',
-           'scale_schedule', 'generation_schedule', 'generation_size']
+           'scale_schedule', 'generation_schedule', 'generation_size', 'nearest_generation_size']
 
 # %% ../nbs/01_schedules.ipynb #2f87e39e
 import math
@@ -146,3 +146,9 @@ def generation_size(ratio: float, budget: str = "1M") -> Size:
     "Return the size (H, W) in pixels of the images of `generation_schedule`, 16 per token of its last scale."
     h, w = generation_schedule(ratio, budget)[-1]
     return 16 * h, 16 * w
+
+# %% ../nbs/01_schedules.ipynb #8bf29186
+def nearest_generation_size(height: int, width: int, budget: str = "1M") -> Size:
+    "Return the size of `generation_size` whose aspect ratio is nearest to that of an image."
+    sizes = [generation_size(r, budget) for ratio in GENERATION_RATIOS for r in (ratio, 1 / ratio)]
+    return min(sizes, key=lambda size: abs(size[0] / size[1] - height / width))
