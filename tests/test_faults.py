@@ -167,8 +167,8 @@ def decode_for_tokens():
 
 @pytest.mark.parametrize("work", [decode_on_the_device, decode_for_tokens])
 def test_a_signal_ends_the_wait_for_threads(monkeypatch, work):
-    for module in ("data", "token_dataset"):
-        monkeypatch.setattr(f"bitvae.{module}.open_image", lambda *_: time.sleep(20))
+    for reader in ("data.read_pixels", "token_dataset.open_image"):
+        monkeypatch.setattr(f"bitvae.{reader}", lambda *_: time.sleep(20))
     started = time.monotonic()
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
