@@ -151,11 +151,11 @@ def test_training_on_a_hugging_face_data_set(tmp_path):
 
 
 def test_progress_lines(tmp_path, capsys):
-    "Some twenty lines on standard output, however long the run; nothing on standard error."
+    "At most twenty lines on standard output, however long the run; nothing on standard error."
     train(recipe("smoke", steps=120, checkpoint_every=120), "bundled", tmp_path)
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith("step ")]
-    assert 20 <= len(lines) <= 25
+    assert 15 <= len(lines) <= 20
     assert lines[0].startswith("step 1 of 120: loss ")
     assert lines[-1].startswith("step 120 of 120: loss ")
     assert "images per second" in lines[-1] and not err
