@@ -155,6 +155,7 @@ def test_kuberay_tokenizes(cluster, tmp_path):
     assert not list((tmp_path / "shards").glob("shard-*"))
 
 
+@pytest.mark.skipif(not MANY, reason="takes minutes: BITVAE_TRIALS=2000 runs it")
 def test_ray_survives_killed_nodes_and_drivers(images, cluster, tmp_path):
     "Shards and manifest are byte for byte those of the local engine; finished shards are not written again."
     rng = random.Random(0)
