@@ -6,7 +6,7 @@
 __all__ = ['RELEASED', 'GENERATORS', 'REPOSITORY', 'CARD', 'TAGS', 'CODER_FILE', 'REPOSITORY_NAME', 'internal_name',
            'published_names', 'CheckpointError', 'read_weights', 'find_tokenizers', 'summarize_names',
            'tokenizer_weights', 'config_from_weights', 'build_tokenizer', 'bundled_dir', 'weights_dir',
-           'fetch_released', 'tokenizer_files', 'describe_tokenizer', 'card_results', 'model_card',
+           'fetch_released', 'tokenizer_files', 'hash_weights', 'describe_tokenizer', 'card_results', 'model_card',
            'explain_hub_errors', 'fetch_repository', 'latest_in_run', 'find_tokenizer', 'from_pretrained']
 
 # %% ../nbs/06_checkpoints.ipynb #2ca4567f
@@ -199,6 +199,11 @@ def tokenizer_files(tok: BitVAE) -> dict[str, bytes]:
     config = json.dumps(asdict(tok.config), indent=1) + "\n"
     return {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": config.encode()}
 
+
+def hash_weights(tok: BitVAE) -> str:
+    "Return 16 hexadecimal digits of all weights, as saved."
+    return hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
+
 # %% ../nbs/06_checkpoints.ipynb #61e7e057
 def describe_tokenizer(tok: BitVAE) -> str:
     "Return configuration, parameter counts, bits per image and fingerprint as text."
@@ -258,7 +263,7 @@ def model_card(
     if results:
         from bitvae.evaluation import results_table
 
-        weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
+        weights = hash_weights(tok)
         if results["weights"] != weights:
             theirs = results["weights"]
             raise ValueError(f"these results are of weights {theirs}, the tokenizer's are {weights}")

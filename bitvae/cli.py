@@ -8,7 +8,8 @@ __all__ = ['COMMANDS', 'TOKENIZER', 'PRECISION', 'PROCESSES', 'NODES', 'RENDEZVO
            'evaluate_command', 'fetch_lpips_command', 'make_list_command', 'report_time', 'bits_files',
            'encode_command', 'decode_command', 'fit_coder_command', 'push_command', 'tokenize_command',
            'verify_command', 'count_command', 'view_command', 'collapse_progress', 'private_kernel_manager',
-           'forward_interrupts', 'notebook_parameters', 'run_notebook', 'find_notebook', 'run_command']
+           'forward_interrupts', 'notebook_parameters', 'explain_failure', 'run_notebook', 'find_notebook',
+           'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
@@ -453,6 +454,22 @@ def notebook_parameters(notebook: str | os.PathLike) -> dict[str, bool]:
             known |= {target.id: is_text for target in targets if isinstance(target, ast.Name)}
     return known
 
+# %% ../nbs/30_cli.ipynb #dc1dac07
+def explain_failure(e: BaseException, notebook: str, failed: Path) -> Exception | None:
+    "Return the error to raise for a notebook that stopped; None if `e` itself says enough."
+    from papermill.exceptions import PapermillExecutionError
+
+    from bitvae.launch import Interrupted
+
+    if isinstance(e, RuntimeError):  # of nbclient and jupyter_client
+        reason = "the kernel did not start or was killed, often out of memory"
+        return NotebookError(f"{notebook} failed: {e}: {reason} (so far: {failed})")
+    if not isinstance(e, PapermillExecutionError):
+        return None
+    if e.ename in ("Interrupted", "KeyboardInterrupt"):
+        return Interrupted(f"{e.evalue or 'stopped'} (so far: {failed})")
+    return NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (traceback in {failed})")
+
 # %% ../nbs/30_cli.ipynb #3b461cea
 def run_notebook(
     notebook: str | os.PathLike,  # with a cell tagged `parameters`
@@ -463,7 +480,6 @@ def run_notebook(
     import papermill
 
     from bitvae.images import atomic_write, staging_path
-    from bitvae.launch import Interrupted
 
     notebook = os.path.expanduser(notebook)
     known = notebook_parameters(notebook)
@@ -486,14 +502,9 @@ def run_notebook(
     except BaseException as e:
         if running.exists():
             os.replace(running, failed)
-        if isinstance(e, RuntimeError):  # of nbclient and jupyter_client
-            reason = "the kernel did not start or was killed, often out of memory"
-            raise NotebookError(f"{notebook} failed: {e}: {reason} (so far: {failed})") from e
-        if not isinstance(e, papermill.exceptions.PapermillExecutionError):
-            raise
-        if e.ename in ("Interrupted", "KeyboardInterrupt"):
-            raise Interrupted(f"{e.evalue or 'stopped'} (so far: {failed})") from None
-        raise NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (traceback in {failed})") from e
+        if explained := explain_failure(e, notebook, failed):
+            raise explained from e
+        raise
     collapse_progress(running)
     with atomic_write(output) as part:
         os.replace(running, part)

@@ -10,11 +10,11 @@ __all__ = ['THUMBNAILS', 'CODECS', 'LIBRARIES', 'METRICS', 'FeatureView', 'SET_M
            'rate_per_image', 'add_batch', 'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts',
            'assign_images', 'merge_parts', 'evaluate_pending', 'reference_files', 'load_references', 'sample_features',
            'update_references', 'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule',
-           'evaluate_group', 'check_settings', 'collect_warnings', 'evaluate', 'protocol_rows', 'final_row',
-           'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table', 'markdown_table',
-           'save_results', 'read_results', 'add_evaluate_arguments', 'evaluate_arguments', 'evaluate_from_args', 'main',
-           'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results',
-           'published_table']
+           'evaluate_group', 'check_settings', 'collect_warnings', 'check_budgets', 'evaluate', 'protocol_rows',
+           'final_row', 'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table',
+           'markdown_table', 'save_results', 'read_results', 'add_evaluate_arguments', 'evaluate_arguments',
+           'evaluate_from_args', 'main', 'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups',
+           'rank_results', 'published_table']
 
 # %% ../nbs/14_evaluation.ipynb #353c59f3
 import argparse
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .bits import Bits
-from .checkpoints import tokenizer_files, weights_dir
+from .checkpoints import hash_weights, weights_dir
 from .data import Images, Source, fingerprint, image_files, read_items, reading
 from .images import ImageError, atomic_write, from_uint8, to_image, to_tensor, to_uint8
 from .kernels import PRECISIONS, optimize
@@ -593,6 +593,13 @@ def collect_warnings(
         warnings.warn(text, stacklevel=3)
     return texts
 
+# %% ../nbs/14_evaluation.ipynb #8d202c52
+def check_budgets(tok: BitVAE, protocols: Sequence[Protocol]) -> None:
+    "Raise `ValueError` for pixel budgets whose sizes have schedules of different lengths."
+    for p in (p for p in protocols if p.budget):
+        with use_schedule(tok, p.mode or tok.quantizer.mode):
+            budget_schedules(tok, p.budget)
+
 # %% ../nbs/14_evaluation.ipynb #83fe10ec
 def evaluate(
     tok: BitVAE,
@@ -614,8 +621,7 @@ def evaluate(
         raise ValueError("several processes need a folder for their partial results: pass one")
     protocols, files, mode = as_protocols(protocols), image_files(images), tok.quantizer.mode
     nets, chosen = load_networks(metrics, protocols, tok.device, networks), sample_indices(len(files), sample)
-    weights = hashlib.sha256(tokenizer_files(tok)["model.safetensors"]).hexdigest()[:16]
-    results = {"tokenizer": asdict(tok.config), "weights": weights, "metrics": list(metrics),
+    results = {"tokenizer": asdict(tok.config), "weights": hash_weights(tok), "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),
                "prefixes": prefixes, "precision": [*map(tok.precision_of, (tok.encoder, tok.decoder))]}
     parts = folder and Path(os.path.expanduser(folder)) / "parts"
@@ -624,13 +630,10 @@ def evaluate(
         check_settings(parts, results | {"protocols": hashes, "mode": mode})
     wait_for_all()
     results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
-    for p in (p for p in protocols if p.budget):
-        with use_schedule(tok, p.mode or mode):
-            budget_schedules(tok, p.budget)
+    check_budgets(tok, protocols)
     for (schedule, crop), group in group_protocols(protocols, mode).items():
-        place = parts and parts / f"{schedule}-{crop}"
         job = EvalJob(tok, files, group, metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers,
-                      place, save_every)  # fmt: skip
+                      parts and parts / f"{schedule}-{crop}", save_every)  # fmt: skip
         digests = evaluate_group(job, results)
     if rank > 0:
         return {}

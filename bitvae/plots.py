@@ -32,6 +32,7 @@ from .tokenizer import BitVAE
 
 # %% ../nbs/20_plots.ipynb #cccaa355
 def scale_names(schedule: Sequence[tuple[int, int]]) -> list[str]:
+    "Return the size of every scale as text, such as 4x4."
     return [f"{h}x{w}" for h, w in schedule]
 
 

@@ -8,8 +8,8 @@ __all__ = ['PIXEL_LOSSES', 'LOSS_WEIGHTS', 'DISCRIMINATOR_LR_RATIO', 'set_latent
            'prepare_model', 'init_discriminator', 'Trainer', 'GraphedUpdates', 'step_seed', 'accumulate_passes',
            'mean_parts', 'discriminator_step', 'update_networks', 'train_step', 'save_checkpoint', 'load_optimizer',
            'load_checkpoint', 'validation_images', 'validate', 'crop_rule', 'first_crops', 'remaining_crops',
-           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'next_crops', 'run_steps', 'train',
-           'train_from_args', 'main', 'train_arguments']
+           'init_or_resume', 'Recorder', 'synchronize', 'explain_errors', 'next_crops', 'run_steps', 'open_accelerator',
+           'train', 'train_from_args', 'main', 'train_arguments']
 
 # %% ../nbs/10_training.ipynb #7fc98361
 import argparse
@@ -610,6 +610,18 @@ def run_steps(
             raise Interrupted(f"{stop.received or 'a signal'} after step {t.step} of {c.steps}: "
                               f"its checkpoint is in {folder}, {RESUME_HINT}")  # fmt: skip
 
+# %% ../nbs/10_training.ipynb #6eaa8e0c
+def open_accelerator(folder: Path, log_with: str | Sequence):  # an `accelerate.Accelerator`
+    "Join the other processes; check trackers first; raise `ValueError` or `ImportError` for a tracker."
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    log_with = [log_with] if isinstance(log_with, str) else [*log_with]
+    check_trackers(log_with)
+    announce_group()
+    events = ProjectConfiguration(logging_dir=folder / "events")
+    return Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with or None, project_config=events)
+
 # %% ../nbs/10_training.ipynb #d4bfc09b
 def train(
     config: TrainConfig,                 # from `recipe`
@@ -624,25 +636,16 @@ def train(
     on_step: Callable[[Trainer, dict], None] | None = None,  # gets the trainer and the step's losses by name
 ) -> Path:  # the tokenizer's folder, for `BitVAE.from_pretrained`
     "Train; raise `RunExistsError`, `TrainingDiverged`, `Interrupted`, `CheckpointError`, or `DataError`."
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
-    log_with = [log_with] if isinstance(log_with, str) else [*log_with]
-    check_trackers(log_with)
     folder = Path(os.path.expanduser(folder))
-    announce_group()
-    logs = {"log_with": log_with or None,
-            "project_config": ProjectConfiguration(logging_dir=folder / "events")}  # fmt: skip
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), **logs)
+    accelerator = open_accelerator(folder, log_with)
     images, config, main = open_source(images), resolve_config(config, folder), accelerator.is_main_process
     x = validation_images(validation, min(as_tuple(config.size)))
     perceptual = perceptual or perceptual_distance(config.perceptual)
     record = gather_objects([describe_run(config, images, accelerator) if main else None], accelerator)[0]
-    cost = estimate_cost(config, perceptual, accelerator.num_processes)
-    note = check_resumable(folder, record, resume)
-    accelerator.print(note + "\n" * bool(note) + str(cost))
+    notes = check_resumable(folder, record, resume), estimate_cost(config, perceptual, record["processes"])
+    accelerator.print(*filter(None, notes), sep="\n")
     t = init_or_resume(config, accelerator, images, perceptual, folder / "checkpoints")
     unreadable = UnreadableImages(folder, t.step, record["images"]["count"], config.max_unreadable)
     recorder = None
