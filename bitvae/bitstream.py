@@ -31,8 +31,9 @@ from PIL import Image
 from . import entropy_coding as entropy
 from .bits import Bits, BitsError, patch
 from .data import CropPlan, CropRule, RandomCrops, Source, image_files
-from .images import atomic_write, load_image, save_image
+from .images import load_image, save_image
 from .schedules import Schedule, Size, scale_schedule
+from .storage import atomic_write
 from .tokenizer import BitVAE
 
 # %% ../nbs/18_bitstream.ipynb #e225e47f

@@ -7,7 +7,8 @@ __all__ = ['RELEASED', 'GENERATORS', 'REPOSITORY', 'CARD', 'TAGS', 'CODER_FILE',
            'published_names', 'CheckpointError', 'read_weights', 'find_tokenizers', 'summarize_names',
            'tokenizer_weights', 'config_from_weights', 'build_tokenizer', 'bundled_dir', 'weights_dir',
            'fetch_released', 'tokenizer_files', 'hash_weights', 'describe_tokenizer', 'card_results', 'model_card',
-           'explain_hub_errors', 'fetch_repository', 'latest_in_run', 'find_tokenizer', 'from_pretrained']
+           'explain_hub_errors', 'fetch_repository', 'latest_in_run', 'find_tokenizer', 'fetch_address',
+           'from_pretrained']
 
 # %% ../nbs/06_checkpoints.ipynb #2ca4567f
 import hashlib
@@ -32,9 +33,9 @@ from .autoencoder import Downsample, Upsample
 from .bits import patch
 from .config import BitVAEConfig, config_from_dict
 from .entropy_coding import coder_for, load_coder, save_coder
-from .images import atomic_write
 from .kernels import optimize as optimize_model
 from .schedules import scale_schedule
+from .storage import atomic_write, download_file, is_remote, path_exists, to_path
 from .tokenizer import BitVAE
 
 # %% ../nbs/06_checkpoints.ipynb #e0c6e3a5
@@ -283,15 +284,16 @@ CODER_FILE = "coder.safetensors"  # in a tokenizer's folder
 @patch
 def save_pretrained(
     self: BitVAE,
-    folder: str | os.PathLike,        # created if missing
+    folder: str | os.PathLike,        # created if missing; or an address, such as s3://bucket/tokenizer
     results: Mapping | None = None,   # of `bitvae.evaluation.evaluate`, for the model card
     **metadata,                       # of the card, see `model_card`
 ) -> Path:  # the folder
     "Write config.json, model.safetensors, a fitted coder, and README.md if missing or if it is described."
-    folder = Path(os.path.expanduser(folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = to_path(folder)
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     contents = tokenizer_files(self)
-    if results or metadata or not (folder / "README.md").exists():
+    if results or metadata or not path_exists(folder / "README.md"):
         contents["README.md"] = model_card(self, results, **metadata).content.encode()
     for name, content in contents.items():
         with atomic_write(folder / name) as part:
@@ -403,11 +405,28 @@ def find_tokenizer(
                                 f"user/repo on the Hub, or one of demo, {', '.join(RELEASED)}")
     return path
 
+# %% ../nbs/06_checkpoints.ipynb #63fa021d
+def fetch_address(
+    address: str | os.PathLike,  # of the folder of a tokenizer or run, or of a file
+    folder: Path,                # where to copy it
+) -> Path:  # the copy
+    "Copy a tokenizer from an object store; raise `FileNotFoundError` or `StorageError`."
+    source = to_path(address)
+    for place in (source, source / "tokenizer"):
+        if path_exists(place / "model.safetensors"):
+            for name in ("model.safetensors", "config.json", CODER_FILE):
+                if path_exists(place / name):
+                    download_file(place / name, folder / name)
+            return folder
+    download_file(source, folder / source.name)
+    return folder / source.name
+
 # %% ../nbs/06_checkpoints.ipynb #8659acd6
 @classmethod
 def from_pretrained(
     cls: type[BitVAE],
     name: str | os.PathLike,  # "demo", a file, the folder of a tokenizer or run, a released name, "user/repo"
+                              # on the Hub, or an address such as s3://bucket/tokenizer
     mode: str | None = None,  # schedule mode; None keeps the configuration's
     optimize: bool = False,   # call `bitvae.kernels.optimize`
     device: torch.device | str = "cpu",
@@ -416,6 +435,12 @@ def from_pretrained(
     token: str | bool | None = None,
 ) -> BitVAE:  # in eval mode; in training mode it drops no scales, see `MultiScaleBSQ`
     "Load a tokenizer; raise `CheckpointError`, or what `fetch_released` and `fetch_repository` do."
+    if is_remote(name):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return cls.from_pretrained(fetch_address(name, Path(folder)), mode, optimize, device, dtype)
+            except CheckpointError as e:
+                raise CheckpointError(str(e).replace(folder, str(name))) from None
     path = find_tokenizer(name, revision, token)
     if not (path / "model.safetensors").exists():
         path = latest_in_run(path)

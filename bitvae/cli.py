@@ -242,7 +242,7 @@ def encode_command(args: argparse.Namespace) -> None:
     "Encode an image, or several, into bits files."
     from bitvae import BitVAE
     from bitvae.bitstream import describe_file, encode_file
-    from bitvae.images import staging_path
+    from bitvae.storage import staging_path
 
     pairs = bits_files(args.files, args.folder)
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode, optimize=True)
@@ -479,7 +479,7 @@ def run_notebook(
     "Run a notebook; raise `ValueError` for unknown parameters, `NotebookError` or `Interrupted`."
     import papermill
 
-    from bitvae.images import atomic_write, staging_path
+    from bitvae.storage import atomic_write, staging_path
 
     notebook = os.path.expanduser(notebook)
     known = notebook_parameters(notebook)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch.nn import functional as F
 
-from .images import atomic_write
+from .storage import atomic_write, local_file, to_path
 
 # %% ../nbs/17_entropy_coding.ipynb #35acce56
 ONE = 1 << 16     # 1.0 in fixed point
@@ -244,13 +244,13 @@ def save_coder(coder: Coder, file: str | os.PathLike) -> Path:
     weights = (coder.weights * (1024 / ONE)).astype(np.int16)
     with atomic_write(file) as part:
         part.write_bytes(save({"weights": weights}, {"tokenizer": coder.tokenizer}))
-    return Path(file)
+    return to_path(file)
 
 # %% ../nbs/17_entropy_coding.ipynb #e6ce6f61
 def load_coder(file: str | os.PathLike) -> Coder:
     "Read a coder and register it in `LOADED_CODERS`; raise `ValueError` for other files."
     try:
-        with safe_open(os.path.expanduser(file), "np") as f:
+        with local_file(file) as local, safe_open(local, "np") as f:
             weights = f.get_tensor("weights").astype(np.float64) * (ONE / 1024)
             coder = Coder(weights, tokenizer=f.metadata()["tokenizer"])
         if weights.shape != (SCALE_CLASSES, 2, coder.dim, 9 * coder.dim + 5):

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from .bits import Bits
 from .checkpoints import hash_weights, weights_dir
 from .data import Images, Source, fingerprint, image_files, read_items, reading
-from .images import ImageError, atomic_write, from_uint8, to_image, to_tensor, to_uint8
+from .images import ImageError, from_uint8, to_image, to_tensor, to_uint8
 from .kernels import PRECISIONS, optimize
 from .launch import EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .losses import EfficientNetDistance, lpips_distance
@@ -56,6 +56,7 @@ from .metrics import (
 from .run_dir import serialize_state
 from .schedules import GENERATION_BUDGETS, GENERATION_RATIOS, Schedule, Size, generation_size
 from .schedules import scale_schedule
+from .storage import atomic_write
 from .tokenizer import BitVAE
 
 # %% ../nbs/14_evaluation.ipynb #e16e3f0b

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['COLORS', 'STYLE', 'TRANSPOSITIONS', 'MAX_RESIZED_PIXELS', 'DECODERS', 'HELD_OUT', 'from_uint8', 'to_tensor',
            'to_uint8', 'to_image', 'new_figure', 'compress_figure', 'display_figure', 'draw_image', 'fit_text',
-           'show_images', 'ImageError', 'ImageBytes', 'from_16bit_grey', 'exif_transposition', 'to_rgb', 'open_lazy',
-           'open_image', 'jpeg_size', 'cut_long_sides', 'center_crop', 'cover_crop', 'load_image', 'read_pixels',
-           'resize_pixels', 'center_crop_pixels', 'staging_path', 'atomic_write', 'save_image', 'error_map',
-           'difference', 'bundled_photographs', 'held_out_photographs']
+           'show_images', 'ImageError', 'ImageBytes', 'from_16bit_grey', 'exif_transposition', 'to_rgb', 'fetch_image',
+           'open_lazy', 'open_image', 'jpeg_size', 'cut_long_sides', 'center_crop', 'cover_crop', 'load_image',
+           'read_pixels', 'resize_pixels', 'center_crop_pixels', 'save_image', 'error_map', 'difference',
+           'bundled_photographs', 'held_out_photographs']
 
 # %% ../nbs/00_images.ipynb #c8115906
 import errno
 import io
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,6 +27,8 @@ import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
+
+from .storage import atomic_write, is_remote, read_file, to_path
 
 # %% ../nbs/00_images.ipynb #8eafcd63
 def from_uint8(x: Tensor) -> Tensor:
@@ -214,10 +215,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
+# %% ../nbs/00_images.ipynb #f83e4177
+def fetch_image(file: object) -> object:
+    "Return an image at an address, such as s3://bucket/cat.jpg, as `ImageBytes`; anything else as it is."
+    return ImageBytes(str(file), read_file(file)) if is_remote(file) else file
+
 # %% ../nbs/00_images.ipynb #7a1e3aaf
 @contextmanager
 def open_lazy(file: str | os.PathLike | ImageBytes) -> Iterator[Image.Image]:
     "Open an image without decoding it; raise `FileNotFoundError`, `PermissionError` or `ImageError`."
+    file = fetch_image(file)
     if not (isinstance(file, str | os.PathLike | ImageBytes) or hasattr(file, "read")):
         kinds = "a path, an open file or Pillow image, or ImageBytes(name, data)"
         raise TypeError(f"an image is {kinds}, not {type(file).__name__}")
@@ -360,39 +367,6 @@ def center_crop_pixels(pixels: np.ndarray, size: int) -> np.ndarray:  # (size, s
     top, left = (height - size) // 2, (width - size) // 2
     return resize_pixels(pixels, height, width)[top : top + size, left : left + size]
 
-# %% ../nbs/00_images.ipynb #43bd9756
-def staging_path(file: str | os.PathLike) -> Path:
-    "Return where to prepare a file: at a link's target; in the temporary folder for a device or FIFO."
-    file = Path(os.path.expanduser(file))
-    if file.is_dir():
-        raise IsADirectoryError(f"cannot write {file}: it is a folder")
-    special = file.exists() and not file.is_file()
-    return Path(tempfile.gettempdir(), file.name) if special else Path(os.path.realpath(file))
-
-
-@contextmanager
-def atomic_write(file: str | os.PathLike) -> Iterator[Path]:
-    "Yield a temporary file, then rename it to `file`, or copy it to a device or FIFO; remove it on an error."
-    file, target = Path(os.path.expanduser(file)), staging_path(file)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {file}: no such folder {target.parent}")
-    temporary = target.with_name(f".{os.getpid()}.{file.name[-60:]}")  # a name has at most 255 bytes
-    try:
-        temporary.touch()
-        mode = (target if target.is_file() else temporary).stat().st_mode
-        yield temporary
-        if file.exists() and not file.is_file():
-            file.write_bytes(temporary.read_bytes())
-        else:
-            temporary.chmod(mode)
-            os.replace(temporary, target)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(e.errno, f"cannot write {file} ({e.strerror}): free disk space and run again") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
 # %% ../nbs/00_images.ipynb #dbc2023f
 def save_image(
     x: Tensor,                # (3, H, W) or (1, 3, H, W) in [-1, 1]
@@ -401,7 +375,7 @@ def save_image(
     "Write one image atomically and return its path."
     with atomic_write(file) as temporary:
         to_image(x).save(temporary)
-    return Path(file)
+    return to_path(file)
 
 # %% ../nbs/00_images.ipynb #30d87573
 def error_map(

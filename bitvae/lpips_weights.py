@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .checkpoints import weights_dir
-from .images import atomic_write
 from .losses import TRUNKS
+from .storage import atomic_write
 
 # %% ../nbs/93_lpips_weights.ipynb #479f3173
 class ArrayUnpickler(pickle.Unpickler):

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from .entropy_coding import load_coder
 from .images import ImageError
 from .kernels import optimize, retain_malloc_heap
 from .launch import EXPECTED_ERRORS
+from .storage import path_exists, to_path
 from .token_dataset import count_images, file_items, Item, ShardOptions, Todo, tokenize, write_shard
 from .tokenizer import BitVAE
 
@@ -72,8 +72,8 @@ class ShardActor:
 
     def __call__(self, row: Mapping[str, Sequence]) -> dict[str, list]:
         "Write a shard; return one row of plain values."
-        start, file = time.monotonic(), Path(row["file"][0])
-        if not self.coder_loaded and (file.parent / CODER_FILE).exists():
+        start, file = time.monotonic(), to_path(row["file"][0])
+        if not self.coder_loaded and path_exists(file.parent / CODER_FILE):
             load_coder(file.parent / CODER_FILE)
         self.coder_loaded = True
         batches, record, error = pickle.loads(row["batches"][0]), {"count": 0, "failed": {}}, None

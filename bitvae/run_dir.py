@@ -33,9 +33,10 @@ import bitvae
 from .bits import Bits
 from .checkpoints import CheckpointError
 from .data import as_tuple, DataError, fingerprint, Images
-from .images import atomic_write, DECODERS, to_uint8
+from .images import DECODERS, to_uint8
 from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
+from .storage import atomic_write
 from .tokenizer import BitVAE
 
 # %% ../nbs/11_run_dir.ipynb #e55ec327

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from bitvae import Bits, BitVAE, BitVAEConfig, load_image, save_image
 from bitvae.data import CropPlan, CropRule, DataError, DeviceCrops, image_files, image_labels, write_list
 from bitvae.evaluation import evaluate, read_results, save_results
-from bitvae.images import ImageError, atomic_write, bundled_photographs
+from bitvae.images import ImageError, bundled_photographs
+from bitvae.storage import atomic_write
 from bitvae.metrics import protocol
 from bitvae.recipes import TrainConfig, recipe
 from bitvae.token_dataset import TokenDataset, add_to_tar, tokenize, verify_dataset

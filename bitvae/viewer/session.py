@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..bit_edits import chain_edits, edit_bits, TakeScales
 from ..bits import Bits, patch
-from ..images import atomic_write, bundled_photographs, held_out_photographs, ImageBytes, ImageError
+from ..images import bundled_photographs, held_out_photographs, ImageBytes, ImageError
 from ..images import load_image, open_lazy, to_image, to_uint8
 from ..metrics import psnr
 from ..quantizer import BitEdit
+from ..storage import atomic_write
 from ..tokenizer import BitVAE
 
 # %% ../../nbs/viewer/21_session.ipynb #085db03f
