@@ -405,7 +405,7 @@ def find_tokenizer(
                                 f"user/repo on the Hub, or one of demo, {', '.join(RELEASED)}")
     return path
 
-# %% ../nbs/06_checkpoints.ipynb #63fa021d
+# %% ../nbs/06_checkpoints.ipynb #f8b74112
 def fetch_address(
     address: str | os.PathLike,  # of the folder of a tokenizer or run, or of a file
     folder: Path,                # where to copy it

@@ -160,7 +160,7 @@ def walk_images(folder: Path) -> list[Path]:
         warn(f"{len(files)} images in {folder}; passed over: {text}")
     return sorted(files)
 
-# %% ../nbs/08_data.ipynb #90569b32
+# %% ../nbs/08_data.ipynb #7399863e
 def remote_images(
     address: str,  # of a folder, a list (.txt) or an image
 ) -> ImageFiles:
@@ -610,7 +610,7 @@ def tar_images(url: str) -> Iterator[ShardImage]:
                 why = "no image, and not beside one" if os.path.basename(key) else "hidden"
                 yield ShardImage(key, DataError(f"{url}/{listed}: {why}"))
 
-# %% ../nbs/08_data.ipynb #8aab54d8
+# %% ../nbs/08_data.ipynb #926120d8
 def image_column(schema) -> str:  # of a `pyarrow.Schema`
     "Return the first column of encoded images; raise `DataError` without one."
     from pyarrow import types

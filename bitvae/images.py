@@ -84,7 +84,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 # %% ../nbs/00_images.ipynb #c0f971e6
 def compress_figure(
     fig,                  # a matplotlib Figure
-    limit: int = 50_000,  # bytes
+    limit: int = 90_000,  # bytes
 ) -> tuple[bytes, str]:  # a file, and "png" or "jpeg"
     "Return a figure as PNG with a palette if it has few colors, else as JPEG; smaller if it must be."
     fig.savefig(buffer := io.BytesIO(), format="png")
@@ -111,7 +111,8 @@ def display_figure(fig) -> None:
     if os.environ.get("MPLBACKEND", "").lower() == "agg":  # as in tests: nothing is shown
         return
     data, kind = compress_figure(fig)
-    display(Picture(data, format=kind, width=round(96 * fig.get_figwidth())))
+    width = min(round(96 * fig.get_figwidth()), Image.open(io.BytesIO(data)).width)  # never enlarged
+    display(Picture(data, format=kind, width=width))
 
 # %% ../nbs/00_images.ipynb #f1acc394
 def draw_image(ax, image, title: str = "", **options) -> None:
@@ -215,7 +216,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
-# %% ../nbs/00_images.ipynb #f83e4177
+# %% ../nbs/00_images.ipynb #667e4d91
 def fetch_image(file: object) -> object:
     "Return an image at an address, such as s3://bucket/cat.jpg, as `ImageBytes`; anything else as it is."
     return ImageBytes(str(file), read_file(file)) if is_remote(file) else file

@@ -7,7 +7,7 @@ __all__ = ['staging_path', 'replace_file', 'is_remote', 'to_path', 'StorageError
            'path_exists', 'upload', 'atomic_write', 'list_objects', 'find_files', 'cache_dir', 'prune_cache',
            'download_file', 'local_file', 'file_checksum', 'cached_copy']
 
-# %% ../nbs/94_storage.ipynb #5ac95763
+# %% ../nbs/94_storage.ipynb #a8caf32c
 import errno
 import hashlib
 import os
@@ -23,7 +23,7 @@ from filelock import FileLock
 if TYPE_CHECKING:
     from upath import UPath
 
-# %% ../nbs/94_storage.ipynb #4f1f2936
+# %% ../nbs/94_storage.ipynb #dbcb4284
 def staging_path(file: str | os.PathLike) -> Path:
     "Return where to prepare a file: at a link's target; in the temporary folder for a device or FIFO."
     file = Path(os.path.expanduser(file))
@@ -56,7 +56,7 @@ def replace_file(file: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/94_storage.ipynb #ca8fecb8
+# %% ../nbs/94_storage.ipynb #073b8a4b
 def is_remote(path: object) -> bool:
     "Return whether a path is an address, as text such as s3://bucket/folder or as an `UPath`."
     return "://" in path if isinstance(path, str) else hasattr(path, "fs")
@@ -79,7 +79,7 @@ def to_path(path: str | os.PathLike) -> Path:  # or `UPath`
     except ValueError:
         raise ValueError(f"unknown scheme in {path}: use s3://, gs://, or another of fsspec's") from None
 
-# %% ../nbs/94_storage.ipynb #664e2ad9
+# %% ../nbs/94_storage.ipynb #7093b58c
 class StorageError(ConnectionError):
     "An object store that cannot be used; the message names the address and the reason."
 
@@ -100,7 +100,7 @@ def explain_storage_errors(address: object) -> Iterator[None]:
         remedy = "check the network, the endpoint and the region, and run again"
         raise StorageError(f"cannot use {address} ({reason}): {remedy}") from None
 
-# %% ../nbs/94_storage.ipynb #9dfe553f
+# %% ../nbs/94_storage.ipynb #b3bd38a5
 def read_file(path: str | os.PathLike) -> bytes:
     "Return the content of a file or object; raise `OSError`."
     if not is_remote(path):
@@ -116,7 +116,7 @@ def path_exists(path: str | os.PathLike) -> bool:
     with explain_storage_errors(path):
         return to_path(path).exists()
 
-# %% ../nbs/94_storage.ipynb #f3652067
+# %% ../nbs/94_storage.ipynb #f631f6b1
 @contextmanager
 def upload(address: "UPath") -> Iterator[Path]:
     "Yield a temporary file, then copy it to an object store."
@@ -131,13 +131,13 @@ def atomic_write(path: str | os.PathLike):  # a context manager that yields a `P
     path = to_path(path)
     return upload(path) if is_remote(path) else replace_file(path)
 
-# %% ../nbs/94_storage.ipynb #9e2553cc
+# %% ../nbs/94_storage.ipynb #0f41dfa2
 def list_objects(address: str) -> list[str]:
     "Return the addresses below a folder of a store, or those that match a pattern (`*`, `?`, `[`), sorted."
     path = to_path(address)
     with explain_storage_errors(address):
         found = path.fs.glob(path.path) if set("*?[") & set(str(address)) else path.fs.find(path.path)
-        return sorted(path.fs.unstrip_protocol(name) for name in found)
+        return sorted(f"{path.protocol}://{name.lstrip('/')}" for name in found)
 
 
 def find_files(
@@ -149,7 +149,7 @@ def find_files(
         return [folder / address.rpartition("/")[2] for address in list_objects(f"{folder}/{pattern}")]
     return sorted(folder.glob(pattern))
 
-# %% ../nbs/94_storage.ipynb #18173cce
+# %% ../nbs/94_storage.ipynb #f55c84aa
 def cache_dir() -> Path:
     "Return the folder of downloaded objects, `$BITVAE_CACHE` or in the temporary folder."
     user = os.environ.get("USER") or os.getuid()
@@ -165,7 +165,7 @@ def prune_cache(folder: Path, limit: int) -> None:
         if n and used > limit:
             file.unlink(missing_ok=True)
 
-# %% ../nbs/94_storage.ipynb #f0668f45
+# %% ../nbs/94_storage.ipynb #c7f5a8d2
 def download_file(address: "UPath", file: Path) -> None:
     "Copy an object to a file, atomically; raise `StorageError`."
     with replace_file(file) as part, explain_storage_errors(address):
@@ -181,7 +181,7 @@ def local_file(path: str | os.PathLike) -> Iterator[Path]:
             download_file(path, Path(folder) / path.name)
         yield Path(folder) / path.name if is_remote(path) else path
 
-# %% ../nbs/94_storage.ipynb #083a582b
+# %% ../nbs/94_storage.ipynb #e9c017a9
 def file_checksum(file: Path) -> str:
     "Return the SHA-256 of a file in hexadecimal digits."
     with open(file, "rb") as f:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ShardOrder']
 
-# %% ../nbs/26_token_streaming.ipynb #3f79b70d
+# %% ../nbs/26_token_streaming.ipynb #575eb751
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from .launch import rank_and_world
 from .token_dataset import TokenDataset
 
-# %% ../nbs/26_token_streaming.ipynb #7c49031f
+# %% ../nbs/26_token_streaming.ipynb #277d1af2
 class ShardOrder(Sampler):
     "The numbers of a data set's images for one rank, shuffled by shard and in a buffer; see `seek`."
 
