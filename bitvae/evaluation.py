@@ -665,7 +665,8 @@ def metric_names(rows: Mapping[str, dict]) -> list[str]:
 # %% ../nbs/14_evaluation.ipynb #6b164136
 HIGHER_IS_BETTER = (
     "psnr", "ssim", "ms_ssim", "precision", "recall", "precision_efficientnet", "recall_efficientnet")
-METRIC_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "fid": "FID", "kid": "KID"}
+METRIC_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "fid": "FID", "kid": "KID",
+                 "lpips_alex": "LPIPS (AlexNet)", "lpips_vgg": "LPIPS (VGG)"}  # fmt: skip
 
 
 def thumbnail_bits(name: str) -> int | None:
@@ -697,7 +698,8 @@ def results_cells(results: dict, label: str | None = None) -> list[list[str]]:
         bits = row.get("bits", thumbnail_bits(name))
         rate = row.get("bits_per_pixel", bits and bits / pixels)
         values = [f"{row[m]:.{2 if m in ('psnr', 'fid') else 3}f}" if m in row else "" for m in titles]
-        table.append([name, scale, f"{bits or ''}", f"{rate:.4f}" if rate else "", *values])
+        shown = name.replace("colour", "color")  # files written before have the other spelling
+        table.append([shown, scale, f"{bits:,}" if bits else "", f"{rate:.4f}" if rate else "", *values])
     return table
 
 
@@ -874,16 +876,17 @@ PUBLISHED_RESULTS = {  # weights -> size -> metric
 
 # %% ../nbs/14_evaluation.ipynb #106773f3
 def published_table(measured: Mapping[str, dict] | None = None) -> str:
-    "Format the published results beside measured ones (by name of the weights) as Markdown."
-    lines = ["| weights | pixels | FID, published | FID, measured here | PSNR, published "
-             "| PSNR, measured here |", "|" + " --- |" * 6]
+    "Format published results as Markdown, beside measured ones (by name of the weights) if there are any."
+    header = ["weights", "pixels", "FID, published", "PSNR, published"]
+    rows = []
     for name, sizes in PUBLISHED_RESULTS.items():
         results = (measured or {}).get(name, {"protocols": {}, "images": []})
         note = "" if (count := len(results["images"])) == 50_000 else f" ({count:,} images)"
         for size, row in sizes.items():
             entry = results["protocols"].get(f"published {size}")
-            mine, cells = final_row(entry["rows"]) if entry else {}, [f"{name} | {size}"]
-            for metric, digits in (("fid", 2), ("psnr", 1)):
-                cells += [f"{row[metric]:.{digits}f}", f"{mine[metric]:.2f}{note}" if metric in mine else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            mine = final_row(entry["rows"]) if entry else {}
+            values = [f"{mine[m]:.2f}{note}" if m in mine else "" for m in ("fid", "psnr")]
+            rows.append([name, size, f"{row['fid']:.2f}", f"{row['psnr']:.1f}", *values])
+    if any(cell for row in rows for cell in row[4:]):
+        return markdown_table([*header, "FID, measured here", "PSNR, measured here"], rows)
+    return markdown_table(header, [row[:4] for row in rows])

@@ -84,7 +84,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 # %% ../nbs/00_images.ipynb #c0f971e6
 def compress_figure(
     fig,                  # a matplotlib Figure
-    limit: int = 90_000,  # bytes
+    limit: int = 60_000,  # bytes
 ) -> tuple[bytes, str]:  # a file, and "png" or "jpeg"
     "Return a figure as PNG with a palette if it has few colors, else as JPEG; smaller if it must be."
     fig.savefig(buffer := io.BytesIO(), format="png")
@@ -97,7 +97,8 @@ def compress_figure(
             if kind == "jpeg":
                 small.save(out, "jpeg", quality=quality, subsampling=1, optimize=True)
             else:
-                small.quantize(256, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+                colors = small.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+                colors.save(out, "png", optimize=True)
             if len(out.getvalue()) <= limit:
                 return out.getvalue(), kind
     return out.getvalue(), kind
@@ -216,7 +217,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
-# %% ../nbs/00_images.ipynb #667e4d91
+# %% ../nbs/00_images.ipynb #12485217
 def fetch_image(file: object) -> object:
     "Return an image at an address, such as s3://bucket/cat.jpg, as `ImageBytes`; anything else as it is."
     return ImageBytes(str(file), read_file(file)) if is_remote(file) else file

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ENCODE_SECONDS', 'ImageCost', 'Cluster', 'cluster_for', 'encode_seconds', 'bits_bytes']
 
-# %% ../nbs/27_pipeline_costs.ipynb #e6645894
+# %% ../nbs/27_pipeline_costs.ipynb #302b8d8e
 from dataclasses import dataclass
 
-# %% ../nbs/27_pipeline_costs.ipynb #af0252b4
+# %% ../nbs/27_pipeline_costs.ipynb #06feea01
 @dataclass(frozen=True)
 class ImageCost:
     "What an image costs in each stage."
@@ -46,14 +46,14 @@ class Cluster:
         rates = self.rates(cost)
         return min(rates, key=rates.get)
 
-# %% ../nbs/27_pipeline_costs.ipynb #abac8278
+# %% ../nbs/27_pipeline_costs.ipynb #d35521d2
 def cluster_for(images: float, hours: float, cost: ImageCost) -> Cluster:
     "Return the smallest cluster, in fractions of units, that tokenizes images in a number of hours."
     rate = images / hours / 3600
     gigabit = 8e-9 * rate
     return Cluster(rate * cost.encode, rate * cost.decode, gigabit * cost.bytes_in, gigabit * cost.bytes_out)
 
-# %% ../nbs/27_pipeline_costs.ipynb #3861d407
+# %% ../nbs/27_pipeline_costs.ipynb #e9d599b6
 ENCODE_SECONDS = 1 / 1400  # of one H100, 256 x 256 pixels, bfloat16: benchmarks/speed/cuda/gpu.txt
 
 
@@ -61,7 +61,7 @@ def encode_seconds(height: int, width: int, at_256: float = ENCODE_SECONDS) -> f
     "Return the seconds of a GPU for an image, from the time at 256 x 256 pixels."
     return at_256 * height * width / 256**2
 
-# %% ../nbs/27_pipeline_costs.ipynb #8aff9e06
+# %% ../nbs/27_pipeline_costs.ipynb #1ea2cd98
 def bits_bytes(
     bits: int,                 # of one image
     shard_format: str = "tar",  # or "safetensors"

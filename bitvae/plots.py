@@ -172,7 +172,7 @@ def plot_channels(ax, stats: dict) -> None:
     ax.bar(channels, stats["share_of_ones"], color="0.75")
     ax.plot(channels, stats["entropy"], "o-", color="black", ms=3)
     ax.axhline(0.5, lw=0.8, ls=":", color="black")
-    ax.set(ylim=(0, 1.1), xlabel="channel", ylabel="fraction, bits", title="ones (bars), entropy (dots)")
+    ax.set(ylim=(0, 1.1), xlabel="channel", ylabel="fraction, or bits", title="ones (bars), entropy (dots)")
     count_ticks(ax.xaxis)
 
 # %% ../nbs/20_plots.ipynb #24b9447b
@@ -257,10 +257,10 @@ def plot_sensitivity(
     measured = "" if result.tried == result.total else f", {result.tried} of {result.total} flips so far"
     norm = LogNorm(low, max(high, 1.01 * low))
     image = heat.imshow(result.change, cmap="cividis", norm=norm, aspect="auto")
-    heat.set(xlabel="channel", ylabel="scale", title=f"gray levels of 255 per flipped bit{measured}")
+    heat.set(xlabel="channel", ylabel="scale", title=f"change per flipped bit{measured}")
     heat.set_yticks(scales, names)
     count_ticks(heat.xaxis)
-    add_colorbar(image, heat)
+    add_colorbar(image, heat).set_label("RMS, gray levels of 255", fontsize=8)
     mean.plot(scales, result.change.nanmean(1), "o-", color="black")
     mean.set(yscale="log", title="mean over channels", xlabel="scale", ylabel="RMS, gray levels of 255")
     mean.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -303,7 +303,7 @@ def plot_flips(
         "original": x,
         "all bits": tok.decode(bits),
         "flipped": tok.decode(edit_bits(bits, flips)),
-        "flipped, later scales correct": tok.decode(tok.encode(x, flips)),
+        "flipped, corrected": tok.decode(tok.encode(x, flips)),
     }
     count = bits[:scales].count
     captions = ["", f"{bits.count:,} bits", f"{fraction:.0%} of the first {count:,} bits", "the same flips"]
@@ -323,7 +323,7 @@ def plot_mix(
     first, rest = tok.encode(coarse), tok.encode(fine)
     mixed = [tok.decode(edit_bits(rest, TakeScales(first, k))) for k in scales]
     names = scale_names(rest.schedule)
-    titles = ["coarse scales of", *(f"to {names[k - 1]}" for k in scales), "fine scales of"]
+    titles = ["first image", *(f"its scales to {names[k - 1]}" for k in scales), "second image"]
     captions = ["", *(f"{first[:k].count:,} of {rest.count:,} bits" for k in scales), ""]
     return show_images([coarse, *mixed, fine], titles, width=width, captions=captions)
 
@@ -371,6 +371,9 @@ def plot_rate_distortion(
         style, color, label = CURVES[kind]
         ax.plot(rates, scores, style, color=color, label=label)
     ax.set(xscale="log", xlabel="size of the file, bytes", ylabel="PSNR, dB")
+    rate = ax.secondary_xaxis("top", functions=(lambda n: 8 * n / pixels, lambda r: r * pixels / 8))
+    rate.set_xlabel("bits per pixel", fontsize=8.5)
+    rate.tick_params(labelsize=8, width=0.6, length=3)
     legend_outside(ax)
     return fig
 
@@ -384,15 +387,19 @@ def plot_bit_stats(
     fig, axes = new_figure(9, 3, 1, 3, width_ratios=[1.2, 1, 1.1])
     ones, bits, pairs = axes[0]
     index = range(len(names))
-    image = ones.imshow([r["share_of_ones"] for r in rows], vmin=0, vmax=1, cmap="gray", aspect="auto")
+    fractions = [r["share_of_ones"] for r in rows]
+    image = ones.imshow(fractions, vmin=0.25, vmax=0.75, cmap="gray", aspect="auto")
     ones.set(xlabel="channel", ylabel="scale", title="fraction of ones", yticks=index, yticklabels=names)
-    add_colorbar(image, ones)
+    add_colorbar(image, ones, extend="both")
     bits.fill_between(index, entropy.amin(1), entropy.amax(1), color="0.85", label="range over channels")
     bits.plot(index, entropy.mean(1), "o-", color="black", label="mean")
     bits.set(ylim=(0, 1.02), title="entropy per bit", xlabel="scale", ylabel="bits")
     bits.set_xticks(index, names, rotation=90)
     bits.legend(loc="lower right", fontsize=8, frameon=False)
-    image = pairs.imshow(rows[-1]["correlation"], vmin=-1, vmax=1, cmap="cividis")
+    correlation = np.array(rows[-1]["correlation"], float)
+    np.fill_diagonal(correlation, np.nan)
+    limit = max(0.2, np.nanmax(abs(correlation), initial=0))
+    image = pairs.imshow(correlation, vmin=-limit, vmax=limit, cmap="cividis")
     pairs.set(xlabel="channel", ylabel="channel", title=f"correlation of bits, scale {names[-1]}")
     add_colorbar(image, pairs, shrink=0.8)
     for axis in (ones.xaxis, pairs.xaxis, pairs.yaxis):
@@ -419,10 +426,12 @@ def plot_quality(
     pixels = final_row(rows)["bits"] / final_row(rows)["bits_per_pixel"]
     small = {name: r[metric] for name, r in rows.items() if thumbnail_bits(name)}
     rates = [thumbnail_bits(name) / pixels for name in small]
-    ax.plot(rates, list(small.values()), "D", color="0.45", mfc="white", label="thumbnails at 24 bits")
+    marks = {"color": "0.45", "mfc": "white", "label": "thumbnails, 24 bits per pixel"}
+    ax.plot(rates, list(small.values()), "D", **marks)
     for rate, (name, value) in zip(rates, small.items(), strict=True):
         text = "1x1" if thumbnail_bits(name) == 24 else name.split()[0]
-        ax.annotate(text, (rate, value), (0, -11), textcoords="offset points", ha="center", fontsize=7)
+        offset = 0, -11 if metric in HIGHER_IS_BETTER else 5  # away from the curve
+        ax.annotate(text, (rate, value), offset, textcoords="offset points", ha="center", fontsize=7)
     ax.set(xscale="log", xlabel="bits per pixel", ylabel=METRIC_TITLES.get(metric, metric))
     legend_outside(ax)
     return fig
@@ -453,8 +462,9 @@ def plot_extremes(
     with use_schedule(tok, p.mode or tok.quantizer.mode):
         ys = [tok.decode(tok.encode(x), p.clamp) for x in xs]
     errors = [error_map(x, y) for x, y in zip(xs, ys, strict=True)]
-    name = METRIC_TITLES.get(metric, metric).removesuffix(", dB")
-    titles = [f"{Path(results['images'][i]).stem}\n{name} {scores[metric][i]:.4g}" for i in chosen]
+    name, _, unit = METRIC_TITLES.get(metric, metric).partition(", ")
+    values = [f"{name} {scores[metric][i]:.{2 if unit else 3}f} {unit}" for i in chosen]
+    titles = [f"{Path(results['images'][i]).stem}\n{text}" for i, text in zip(chosen, values, strict=True)]
     fig = show_images([*xs, *ys, *errors], titles, columns=len(chosen), width=width)
     for row, name in enumerate(("image", "reconstruction", "error")):
         fig.axes[row * len(chosen)].set_ylabel(name, fontsize=8)
@@ -534,15 +544,18 @@ def plot_sphere(
         for b in corners[(corners != a).sum(1) == 1]:
             ax.plot(*zip(a, b, strict=True), color="0.6", lw=0.6, zorder=2)
     ax.scatter(*corners.T, color="white", edgecolor="black", s=22, zorder=3, depthshade=False)
-    for corner in corners:
-        x, y, z = 1.12 * corner
-        bits = "".join("01"[int(c > 0)] for c in corner)
-        ax.text(x, y, z + 0.1 * np.sign(z), bits, fontsize=8, ha="center", va="center", zorder=4)
     code = np.where(v > 0, 1, -1) / 3**0.5
+    for corner in corners:
+        bits = "".join("01"[int(c > 0)] for c in corner)
+        if (corner == code).all():
+            ax.text(*corner, f"   {bits}", fontsize=9, color="#d55e00", weight="bold", va="center", zorder=7)
+        else:
+            x, y, z = 1.12 * corner
+            ax.text(x, y, z + 0.12 * np.sign(z), bits, fontsize=8, ha="center", va="center", zorder=4)
     ax.quiver(0, 0, 0, *v, color="#0072b2", lw=2, arrow_length_ratio=0.12, zorder=5)
     ax.plot(*zip(v, code, strict=True), color="#d55e00", lw=1.8, ls=":", zorder=5)
     ax.scatter(*code, color="#d55e00", s=50, zorder=6, depthshade=False)
-    ax.text(*(1.1 * v), "v", color="#0072b2", fontsize=11, ha="center", zorder=7)
+    ax.text(*(1.05 * v + [0, 0, 0.06]), "v", color="#0072b2", fontsize=11, ha="center", zorder=7)
     ax.view_init(20, -55)
     return fig
 
@@ -580,7 +593,7 @@ def plot_quantizers(
     z = torch.randn(count, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.9, 0.7])
     codebook = fit_codebook(z, 8)
     panels = {  # title: (quantizer, caption)
-        "VQ": (lambda z: codebook[torch.cdist(z, codebook).argmin(1)], "nearest of K = 8 vectors, 3 bits"),
+        "VQ": (lambda z: codebook[torch.cdist(z, codebook).argmin(1)], "nearest of N = 8 vectors, 3 bits"),
         "LFQ": (torch.sign, "signs of d = 2 channels, 2 bits"),
         "FSQ": (lambda z: (2 * torch.tanh(z)).round() / 2, "bound, round to L = 5 levels, 4.6 bits"),
         "BSQ": (lambda z: torch.sign(z) / 2**0.5, "normalize, signs of d = 2 channels, 2 bits"),

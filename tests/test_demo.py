@@ -30,7 +30,7 @@ def test_demo_and_again(tmp_path):
     run = tmp_path / "demo"
     first = demo(run)
     assert first.returncode == 0, first.stderr[-2000:]
-    for text in ("mean colour", "8x8 thumbnail", "all scales", "JPEG, smallest", "metrics.json", "both.png"):
+    for text in ("mean color", "8x8 thumbnail", "all scales", "JPEG, smallest", "metrics.json", "both.png"):
         assert first.stdout.count(text) == 1
     assert "astronaut, chelsea, coffee, rocket" in first.stdout and "at different sizes" in first.stdout
     assert "trained now, 128x128" in first.stdout and "bundled, 256x256" in first.stdout

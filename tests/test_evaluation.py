@@ -353,7 +353,7 @@ def test_flat_image_has_an_infinite_psnr_in_any_number_of_processes(tmp_path):
     for p in (1, 2):
         options = ("--resolutions", 32, "--folder", tmp_path / f"p{p}", "--processes", p)
         result = bitvae("evaluate", "demo", "--images", images, *options)
-        found = re.search(r"mean colour .* inf ", result.stdout)
+        found = re.search(r"mean color .* inf ", result.stdout)
         assert result.returncode == 0 and found, result.stderr[-2000:]
         outputs.append(result.stdout)
     assert outputs[0].replace("/p1/", "/p2/") == outputs[1]

@@ -56,7 +56,7 @@ def test_more_blur_is_a_larger_distance_for_both_networks(trunks, monkeypatch):
 def test_command_evaluates_with_the_trunks(trunks, tmp_path):
     options = ["--images", held_out_photographs()[0], "--resolutions", "64", "--metrics", "lpips"]
     result = bitvae("evaluate", "demo", *options, BITVAE_WEIGHTS=str(trunks))
-    assert result.returncode == 0 and "lpips_alex" in result.stdout, result.stderr
+    assert result.returncode == 0 and "LPIPS (AlexNet)" in result.stdout, result.stderr
     nothing = {"BITVAE_WEIGHTS": str(tmp_path), "TORCH_HOME": str(tmp_path)}
     result = bitvae("evaluate", "demo", *options, **nothing)
     assert result.returncode == 1 and result.stderr.strip().endswith("run `bitvae fetch-lpips`")

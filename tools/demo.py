@@ -58,6 +58,7 @@ def summary(tables: dict[str, dict], files: list[Path]) -> str:  # title: rows o
             r = named.get(row) or codec or rows[row]
             rate = r.get("bits_per_pixel") or thumbnail_bits(row) / pixels
             cells.append(f"{rate:>20.4f}{r['psnr']:>8.2f}{r['ssim']:>8.3f}")
+        row = row.replace("colour", "color")
         lines.append(f"{row + ', smallest' if row in CODECS else row:18}{''.join(cells)}")
     return "\n".join(lines)
 
