@@ -26,7 +26,8 @@ from .data import Images
 from .evaluation import CODECS, codec_at_rate, final_row, HIGHER_IS_BETTER, METRIC_TITLES
 from .evaluation import protocol_rows, thumbnail_bits, use_schedule
 from .images import difference, draw_image, error_map, new_figure, show_images, to_image
-from .metrics import count_bits, crop_image, describe_bit_stats, Protocol, psnr
+from .metrics import count_bits, crop_image, describe_bit_stats, psnr
+from .protocols import Protocol
 from .quantizer import prefix_latents
 from .tokenizer import BitVAE
 

@@ -288,12 +288,18 @@ def describe_recipe(config: TrainConfig, width: int = 110) -> str:
     return "\n".join(lines)
 
 # %% ../nbs/09_recipes.ipynb #f8a5b742
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    "Show the defaults that say something; keep the lines of descriptions and epilogs."
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    "Append the defaults that say something; keep the lines of descriptions and epilogs."
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, "", []) or action.default is False
-        return action.help if silent else super()._get_help_string(action)
+        text = action.help.replace(" (default: %(default)s)", "")  # of options with --no-, up to Python 3.12
+        value = action.option_strings[0] if action.default is True else action.default
+        if value in (None, "", [], argparse.SUPPRESS) or value is False:
+            return text
+        return f"{text} (default: {' '.join(map(str, value)) if isinstance(value, list) else value})"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -306,16 +312,18 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     choose("")
     parser.formatter_class = HelpFormatter
     add, source = parser.add_argument, {"nargs": "+", "metavar": "SOURCE"}
-    sources = "folders, lists (.txt), images, tar shards, datasets:NAME, or 'bundled'"
+    sources = "folders, lists (.txt), images, tar or Parquet files, datasets:NAME, or 'bundled'"
     override = "replace a value of the recipe, such as steps=1000 or multipliers=[1,2,4]; may be repeated"
-    same_run = "continue the run in this folder, if there is one"
-    trackers = "also log to these trackers: tensorboard, wandb, mlflow, trackio, aim, comet_ml"
+    resume = "continue the run in the folder, if there is one"
+    trackers = "trackers to log to as well: tensorboard, wandb, mlflow, trackio, aim, comet_ml"
+    workers = "processes that load images, for each training process; 0: that process loads them"
+    validation = "images for the validation loss, at most 8 (default: four photographs of scikit-image)"
     add("recipe", type=choose, help=f"one of {', '.join(RECIPES)}; RECIPE --help lists its values")
-    add("--images", default="bundled", help=sources, **source)
-    add("--validation", help="at most 8 images; default: four photographs of scikit-image", **source)
-    add("--folder", help="of the run; default: runs/RECIPE")
-    add("--resume", action=argparse.BooleanOptionalAction, default=True, help=same_run)
-    add("--workers", type=int, default=0, help="processes that load images, for each process that trains")
+    add("--images", default="bundled", help=f"{sources}; also at s3://...", **source)
+    add("--validation", help=validation, **source)
+    add("--folder", help="folder of the run (default: runs/RECIPE)")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True, help=resume)
+    add("--workers", type=int, default=0, metavar="N", help=workers)
     add("--log-with", nargs="+", default=[], metavar="TRACKER", help=trackers)
-    add("--project", default="bitvae", metavar="NAME", help="under which the trackers file the run")
+    add("--project", default="bitvae", metavar="NAME", help="project of the run in the trackers")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help=override)

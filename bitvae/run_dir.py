@@ -32,8 +32,9 @@ from torch import Tensor
 import bitvae
 from .bits import Bits
 from .checkpoints import CheckpointError
+from .config import DECODERS
 from .data import as_tuple, DataError, fingerprint, Images
-from .images import DECODERS, to_uint8
+from .images import to_uint8
 from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .storage import atomic_write

@@ -21,7 +21,7 @@ set -euo pipefail
 TOKENIZER=${TOKENIZER:-demo}                # a folder, a checkpoint, or a name
 IMAGES=${IMAGES:-held-out}                  # folder, list (.txt), 'held-out' or 'bundled'; several, with spaces
 FOLDER=${FOLDER:-evaluation}                # for metrics.json and partial results, on storage that all machines share
-PROTOCOLS=${PROTOCOLS:-clamped}             # of bitvae.metrics.PROTOCOLS; several, with spaces
+PROTOCOLS=${PROTOCOLS:-clamped}             # of bitvae.protocols.PROTOCOLS; several, with spaces
 METRICS=${METRICS:-psnr ssim}               # of bitvae.evaluation.METRICS; several, with spaces
 BATCH=${BATCH:-16}                          # images at a time
 WORKERS=${WORKERS:-4}                       # processes that read images, for each one that evaluates

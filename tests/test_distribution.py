@@ -113,6 +113,13 @@ def test_citation_and_colab_cell():
     assert f'%pip install "bitvae @ git+{CONFIG["git_url"]}"' in (ROOT / "README.md").read_text()
 
 
+def test_settings_alone_hold_the_address():
+    "A placeholder or a real one: every link is derived from it, README's by tools/readme.py."
+    files = [*ROOT.glob("*.*"), *(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "tools").glob("*.py")]
+    address = CONFIG["git_url"].encode()
+    assert {f.name for f in files if f.is_file() and address in f.read_bytes()} == {"README.md"}
+
+
 PRELUDE = """
 import torch
 from datasets import load_dataset

@@ -25,15 +25,8 @@ from bitvae.checkpoints import published_names
 from bitvae.evaluation import evaluate, main, protocol_rows, rank_results, read_results
 from bitvae.images import MAX_RESIZED_PIXELS, held_out_photographs, load_image, save_image
 from bitvae.losses import TRUNKS
-from bitvae.metrics import (
-    INCEPTION_FILES,
-    PROTOCOLS,
-    InceptionFeatures,
-    crop_image,
-    protocol,
-    to_protocol_bytes,
-    torchvision_crop,
-)
+from bitvae.metrics import InceptionFeatures, crop_image, to_protocol_bytes, torchvision_crop
+from bitvae.protocols import INCEPTION_FILES, PROTOCOLS, protocol
 from bitvae.tokenizer import BitVAE, BitVAEConfig
 
 pytestmark = pytest.mark.slow
@@ -75,7 +68,7 @@ WORKER = """
 import sys, torch
 from torch.nn import functional as F
 from bitvae.evaluation import evaluate, save_results
-from bitvae.metrics import protocol
+from bitvae.protocols import protocol
 from bitvae.tokenizer import BitVAE
 
 class MeanColors(torch.nn.Module):  # a stand-in for EfficientNet: a Frechet distance of few features is quick
@@ -338,7 +331,6 @@ def test_bad_input_is_named(tmp_path, capsys):
     for workers in ("0", "1"):
         message = f"bitvae: {tmp_path / 'a.png'} is not an image that Pillow can read"
         fails(message, *folder, "--workers", workers)
-    fails("unknown metric beauty", "--metrics", "psnr", "beauty")
     fails("above 160 pixels", "--metrics", "ms_ssim")
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "a.png")
     fails("a Frechet distance needs", *folder, "--metrics", "frechet_efficientnet")
@@ -406,7 +398,7 @@ def test_duplicate_images_give_a_warning(tmp_path):
 MEMORY = """
 import sys, threading, psutil, time, torch
 from bitvae.evaluation import evaluate
-from bitvae.metrics import protocol
+from bitvae.protocols import protocol
 from bitvae.tokenizer import BitVAE
 
 torch.set_num_threads(1)

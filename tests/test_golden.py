@@ -8,7 +8,8 @@ from bitvae import Bits, BitVAE, BitVAEConfig
 from bitvae.checkpoints import config_from_weights, internal_name, published_names, tokenizer_weights
 from bitvae.kernels import optimize
 from bitvae.losses import PatchDiscriminator, discriminator_loss, generator_loss
-from bitvae.metrics import PROTOCOLS, psnr, ssim
+from bitvae.metrics import psnr, ssim
+from bitvae.protocols import PROTOCOLS
 from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, quantize_residual, scale_loss, straight_through
 from bitvae.schedules import LISTED, generation_schedule, generation_size, scale_schedule
 from bitvae.teacher_forcing import bits_from_tokens, next_input, teacher_forcing

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard
 from bitvae import BitVAE, BitVAEConfig, load_image
 from bitvae.checkpoints import CheckpointError, model_card
 from bitvae.entropy_coding import LOADED_CODERS, Coder, bundled_coder, coder_for
-from bitvae.evaluation import evaluate, protocol, read_results
+from bitvae.evaluation import evaluate, read_results
 from bitvae.images import bundled_photographs
+from bitvae.protocols import protocol
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "demo-tokenizer"
 TOKEN = "hf_" + 34 * "x"

@@ -16,12 +16,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bitvae import Bits, BitVAE, BitVAEConfig, load_image, save_image
+from bitvae.cli import COMMANDS
+from bitvae.config import SHARD_FORMATS
 from bitvae.data import CropPlan, CropRule, DataError, DeviceCrops, image_files, image_labels, write_list
 from bitvae.evaluation import evaluate, read_results, save_results
 from bitvae.images import ImageError, bundled_photographs
-from bitvae.storage import atomic_write
-from bitvae.metrics import protocol
+from bitvae.protocols import METRICS, PROTOCOLS, protocol
 from bitvae.recipes import TrainConfig, recipe
+from bitvae.storage import atomic_write
 from bitvae.token_dataset import TokenDataset, add_to_tar, tokenize, verify_dataset
 
 # archives, folders and images
@@ -221,11 +223,11 @@ from bitvae.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as e:
-    sys.exit(e.code or 7 * ("torch" in sys.modules))
+    sys.exit(7 if "torch" in sys.modules else e.code)
 """
 
 
-LINES = ["--help", "--version", "train --help", "train d16_stage2 --help", "run --help"]
+LINES = ["--version", "--help", *(f"{name} --help" for name in COMMANDS), "train d16_stage2 --help"]
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -240,6 +242,20 @@ def test_help_needs_no_torch(line):
             assert f"  {f.name}=" in result.stdout or f.name in ("name", "model")
         assert f"steps={values.steps} " in result.stdout
         assert "(float, positive, at most 1)" in " ".join(result.stdout.split())
+
+
+MISTAKES = ["evaluate demo --metrics a", "evaluate demo --protocols b", "tokenize demo --format zip"]
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_in_a_name_needs_no_torch(line):
+    "The message lists the names that exist."
+    command = [sys.executable, "-c", HELP, *line.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2, result.stderr
+    message = result.stderr.splitlines()[-1]
+    names = {"--metrics": METRICS, "--protocols": PROTOCOLS, "--format": SHARD_FORMATS}[line.split()[2]]
+    assert "invalid choice" in message and all(name in message for name in names)
 
 
 def test_modules_load_in_any_order():

@@ -2,8 +2,9 @@
 
     python tools/check_wheel.py [--keep FOLDER]
 
-Runs README's Python examples in their order and the commands `evaluate demo`, `encode`, `info`, `decode`,
-`tokenize`, `verify`, `train` and `run train`, outside the repository. Needs 8 GB and some minutes.
+Runs README's Python examples in their order, the help of every command, which needs no PyTorch, and the
+commands `evaluate demo`, `encode`, `info`, `decode`, `tokenize`, `verify`, `train` and `run train`, outside
+the repository, and streams the tokens. Needs 8 GB and some minutes.
 """
 import argparse
 import os
@@ -18,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
-    "help": ("--help",),
     "evaluate": ("evaluate", "demo"),
     "encode": ("encode", "cat.png", "cat-file.bits"),
     "info": ("info", "cat-file.bits"),
@@ -31,6 +31,26 @@ COMMANDS = {
 }
 WRITTEN = ("cat-file.bits", "decoded.png", "tokens/manifest.json", "runs/smoke/tokenizer/config.json",
            "runs/train/train.ipynb", "runs/evaluate/evaluate.ipynb")
+HELP = """
+import sys
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+
+from bitvae.cli import COMMANDS, main
+
+for name in COMMANDS:
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        main([name, "--help"])
+    assert printed.getvalue().startswith(f"usage: bitvae {name} "), name
+assert "torch" not in sys.modules, "help imports PyTorch"
+"""
+STREAM = """
+from bitvae.token_dataset import TokenDataset
+from bitvae.token_streaming import ShardOrder
+
+tokens = TokenDataset("tokens/")
+assert sorted(ShardOrder(tokens)) == [*range(len(tokens))]
+"""
 
 
 def run(*command: str | Path, **options) -> None:
@@ -67,11 +87,13 @@ def use(bin_folder: Path, work: Path) -> None:
     work.mkdir(exist_ok=True)
     cat = "from bitvae.images import held_out_photographs as f; import shutil; shutil.copy(f()[1], 'cat.png')"
     run(bin_folder / "python", "-c", cat, **options)
+    run(bin_folder / "python", "-c", HELP, **options)
     for name, arguments in COMMANDS.items():
         print(f"## {name}")
         run(bin_folder / "bitvae", *arguments, **options)
     if missing := [file for file in WRITTEN if not (work / file).exists()]:
         sys.exit(f"not written: {', '.join(missing)}")
+    run(bin_folder / "python", "-c", STREAM, **options)
     examples = "\n".join(readme_examples())
     main = "\n".join(f"    {line}" for line in examples.splitlines())
     (work / "readme.py").write_text(f"if __name__ == '__main__':  # loaders start processes\n{main}\n")

@@ -79,7 +79,7 @@ CONFIG = settings()
 
 
 def source(cell: dict) -> str:
-    return "".join(cell["source"])
+    return "".join(cell["source"]).replace("GIT_URL", CONFIG["git_url"])  # as in tools/readme.py
 
 
 def flags(cell: dict) -> set[str]:

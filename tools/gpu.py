@@ -41,7 +41,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from bitvae.kernels import SWAPS, FoldedUpsample, optimize  # noqa: E402
 from bitvae.losses import PatchDiscriminator, discriminator_loss, generator_loss  # noqa: E402
-from bitvae.metrics import PROTOCOLS  # noqa: E402
+from bitvae.protocols import PROTOCOLS  # noqa: E402
 from bitvae.quantizer import MultiScaleBSQ, latent_from_bits, quantize_residual  # noqa: E402
 from bitvae.tokenizer import BitVAE, BitVAEConfig  # noqa: E402
 
