@@ -9,13 +9,13 @@ __all__ = ['group_norm', 'ResnetBlock', 'Downsample', 'Upsample', 'Down', 'Mid',
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import group_count
+from .config import group_count, halvings
 
 # %% ../nbs/04_autoencoder.ipynb #4f188a7c
 def group_norm(
     channels: int,  # a multiple of 32 or 24
 ) -> nn.GroupNorm:
-    "Return the group normalization of the released models: 32 groups, or 24, and eps 1e-6."
+    "Return a group normalization of 32 groups (VQGAN), or 24 for multiples of 48 channels, and eps 1e-6."
     return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
 
 # %% ../nbs/04_autoencoder.ipynb #3be0cb74
@@ -48,12 +48,14 @@ class Downsample(nn.Conv2d):
     def __init__(self, channels: int): super().__init__(channels, channels, 3, stride=2)
     def forward(self, x: Tensor) -> Tensor: return super().forward(F.pad(x, (0, 1, 0, 1)))
 
-# %% ../nbs/04_autoencoder.ipynb #6cfcc4fe
+
 class Upsample(nn.Conv2d):
     "Double the sides: nearest-neighbour upsampling, then a 3x3 convolution."
 
     def __init__(self, channels: int): super().__init__(channels, channels, 3, padding=1)
-    def forward(self, x: Tensor) -> Tensor: return super().forward(F.interpolate(x, scale_factor=2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 # %% ../nbs/04_autoencoder.ipynb #eed30eab
 class Down(nn.Module):
@@ -106,14 +108,14 @@ class Encoder(nn.Module):
         channels: int,                 # channels of the first level
         multipliers: tuple[int, ...],  # channels of each level, as multiples of `channels`
         res_blocks: int,               # residual blocks per level
-        stride: int,                   # f, a power of two
+        stride: int,                   # f, a power of two below 2**(number of levels)
     ):
         super().__init__()
         widths = [channels] + [channels * m for m in multipliers]
-        halvings = stride.bit_length() - 1
+        downsampled = halvings(stride, levels=len(multipliers))
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Down(widths[i], widths[i + 1], res_blocks, downsample=i < halvings)
+            Down(widths[i], widths[i + 1], res_blocks, downsample=i < downsampled)
             for i in range(len(multipliers))
         )
         self.mid = Mid(widths[-1])
@@ -138,20 +140,20 @@ class Decoder(nn.Module):
         channels: int,                 # channels of `up[0]`, at full resolution
         multipliers: tuple[int, ...],  # channels of each level, as multiples of `channels`
         res_blocks: int,               # residual blocks per level of the encoder; the decoder has one more
-        stride: int,                   # f, a power of two
+        stride: int,                   # f, a power of two below 2**(number of levels)
     ):
         super().__init__()
-        widths = [channels * m for m in multipliers]
-        widths.append(widths[-1])
-        doublings = stride.bit_length() - 1
-        self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
-        self.mid = Mid(widths[-1])
+        outputs = [channels * m for m in multipliers]
+        inputs = outputs[1:] + outputs[-1:]  # level i receives the output of level i + 1
+        upsampled = range(1, 1 + halvings(stride, levels=len(multipliers)))  # not the last level to run, 0
+        self.conv_in = nn.Conv2d(dim, inputs[-1], 3, padding=1)
+        self.mid = Mid(inputs[-1])
         self.up = nn.ModuleList(
-            Up(widths[i + 1], widths[i], res_blocks + 1, upsample=1 <= i <= doublings)
+            Up(inputs[i], outputs[i], res_blocks + 1, upsample=i in upsampled)
             for i in range(len(multipliers))
         )
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out = group_norm(outputs[0])
+        self.conv_out = nn.Conv2d(outputs[0], 3, 3, padding=1)
         self.act = nn.SiLU()
 
     def forward(self, z: Tensor) -> Tensor:
