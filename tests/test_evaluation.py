@@ -146,8 +146,9 @@ def same(a, b):
                 assert values == pytest.approx(other["per_image"][metric], abs=single), (label, name, metric)
 
 
-def test_two_processes_count_every_image_once(worker, plain, tmp_path):
-    same(plain, finish(worker(tmp_path, processes=2), tmp_path))
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_count_every_image_once(worker, plain, tmp_path, processes):
+    same(plain, finish(worker(tmp_path, processes=processes), tmp_path))
 
 
 @pytest.mark.parametrize("batch", [1, 7])
