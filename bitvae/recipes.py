@@ -6,16 +6,17 @@
 __all__ = ['REQUIRED', 'CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'MUTABLE_FIELDS',
            'RENAMED_FIELDS', 'PYTHON_WORDS', 'LossConfig', 'QuantizerConfig', 'TrainConfig', 'check_config',
            'lr_multiplier', 'published_stages', 'recipe', 'changed_settings', 'config_from_run', 'parse_setting',
-           'field_comments', 'type_name', 'describe_recipe', 'HelpFormatter', 'add_train_arguments']
+           'field_comments', 'type_name', 'describe_recipe', 'HelpFormatter', 'add_train_arguments', 'train_arguments']
 
 # %% ../nbs/09_recipes.ipynb #bc844854
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from math import inf
@@ -129,10 +130,13 @@ def check_config(c: TrainConfig) -> None:
             object.__setattr__(c, name, tuple(value))
     check_types(c)
     check_perceptual(c.perceptual)
-    sizes, batches, stride = as_tuple(c.size), as_tuple(c.batch), c.model.stride if c.model else 1
+    sizes = as_tuple(c.size)
+    batches = as_tuple(c.batch)
+    stride = c.model.stride if c.model else 1
     fits = min(sizes, default=0) > 0 and all(s % stride == 0 for s in sizes)
     enough = min(batches, default=0) >= 1 and len(batches) == len(sizes)
-    first, norm = c.discriminator_start, c.init_latent_norm
+    first = c.discriminator_start
+    norm = c.init_latent_norm
     rules = [
         ("size", fits, f"a positive multiple of the stride, {stride}"),
         ("size", first is None or min(sizes, default=0) >= 24, "at least 24 pixels for the discriminator"),
@@ -327,7 +331,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     width = shutil.get_terminal_size().columns
     choose("")
     parser.formatter_class = HelpFormatter
-    add, source = parser.add_argument, {"nargs": "+", "metavar": "SOURCE"}
+    add = parser.add_argument
+    source = {"nargs": "+", "metavar": "SOURCE"}
     sources = "folders, lists (.txt), images, tar shards, datasets:NAME, or 'bundled'"
     override = "replace a value of the recipe, such as steps=1000 or multipliers=[1,2,4]; may be repeated"
     same_run = "continue the run in this folder, if there is one"
@@ -341,3 +346,21 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("--log-with", nargs="+", default=[], metavar="TRACKER", help=trackers)
     add("--project", default="bitvae", metavar="NAME", help="under which the trackers file the run")
     add("--set", type=parse_setting, action="append", default=[], metavar="NAME=VALUE", help=override)
+
+# %% ../nbs/09_recipes.ipynb #567db896
+def train_arguments(
+    recipe_name: str, overrides: Mapping[str, object], images: str | Sequence[str], folder: str | os.PathLike,
+    resume: bool = True, workers: int = 0, validation: str | Sequence[str] | None = None,
+    log_with: Sequence[str] = (), project: str = "bitvae",
+) -> list[str]:  # fmt: skip
+    "Return the command line for these arguments of `train`."
+    from bitvae.run_dir import check_trackers
+
+    recipe(recipe_name, **overrides)
+    check_trackers(log_with)
+    line = [recipe_name, "--folder", str(folder), "--workers", str(workers), "--project", project]
+    line.append("--resume" if resume else "--no-resume")
+    for option, source in (("--images", images), ("--validation", validation), ("--log-with", log_with)):
+        if source:
+            line += [option, *map(str, [source] if isinstance(source, str | os.PathLike) else source)]
+    return line + [a for name, value in overrides.items() for a in ("--set", f"{name}={json.dumps(value)}")]
