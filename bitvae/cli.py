@@ -135,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train_command(args: argparse.Namespace) -> None:
     "Train a tokenizer."
     from bitvae.launch import run_processes, torchrun_command
-    from bitvae.training import train_arguments, train_from_args
+    from bitvae.recipes import train_arguments
+    from bitvae.training import train_from_args
 
     if args.processes == args.nodes == 1:
         print(f"trained: {train_from_args(args)}")

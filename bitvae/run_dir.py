@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['read_metrics', 'reopen_metrics', 'MetricsLog', 'check_trackers', 'start_trackers', 'git_commit', 'describe_run',
            'resume_key', 'RunExistsError', 'has_run', 'read_run', 'check_resumable', 'open_run_dir', 'UnreadableImages',
-           'scale_name', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'decode_progression', 'sample_grid',
-           'write_synced', 'remove_checkpoint', 'write_checkpoint', 'read_checkpoint', 'list_checkpoints',
-           'newest_checkpoint', 'validation_loss', 'prune_checkpoints', 'serialize_state', 'deserialize_state']
+           'scale_name', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'validation_images',
+           'decode_progression', 'sample_grid', 'write_synced', 'remove_checkpoint', 'write_checkpoint',
+           'read_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'validation_loss', 'prune_checkpoints',
+           'serialize_state', 'deserialize_state', 'init_discriminator']
 
 # %% ../nbs/11_run_dir.ipynb #ae968f6f
 import copy
@@ -31,10 +32,10 @@ from torch import Tensor
 
 import bitvae
 from .bits import Bits
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, internal_name, read_weights
 from .config import DECODERS
-from .data import as_tuple, DataError, fingerprint, Images
-from .images import to_uint8
+from .data import as_tuple, DataError, fingerprint, image_files, Images, Source
+from .images import held_out_photographs, ImageError, load_image, to_uint8
 from .quantizer import binary_entropy, latent_from_bits
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .storage import atomic_write
@@ -185,7 +186,8 @@ def check_resumable(run_dir: Path, record: dict, resume: bool) -> str:  # a note
     if not has_run(run_dir):
         return ""
     config, old = read_run(run_dir)
-    theirs, ours = resume_key(old), resume_key(record)
+    theirs = resume_key(old)
+    ours = resume_key(record)
     run = f"{run_dir} already holds a run of recipe {config.name!r}"
     if not resume:
         raise RunExistsError(f"{run}: continue it with resume=True (--resume), or choose another folder")
@@ -243,7 +245,7 @@ class UnreadableImages:
             if write and name not in self.names:
                 with self.file.open("a") as f:
                     print(json.dumps({"step": step, "name": name, "reason": reason}), file=f)
-                warnings.warn(f"step {step}: skipped an unreadable image: {reason}", stacklevel=2)
+                warnings.warn(f"step {step + 1}: skipped an unreadable image: {reason}", stacklevel=2)
             self.names.add(name)
         total = self.count or max(seen, 1000)
         allowed = self.max_fraction and max(1, self.max_fraction * total)
@@ -296,6 +298,21 @@ class CollapseWatch:
                 collapse = f"its bits were the same for every image for {steps} steps"
                 message = f"scale {name} has collapsed, {collapse}: lower lr or raise latent_mean_weight"
                 warnings.warn(f"step {step}: {message}", CollapseWarning, stacklevel=2)
+
+# %% ../nbs/11_run_dir.ipynb #a6efd77c
+def validation_images(source: Source | None, size: int) -> Tensor:  # (B, 3, size, size)
+    "Return the first 8 readable images of a source, or scikit-image's photographs; raise `DataError`."
+    images = []
+    for file in image_files(source) if source else held_out_photographs(["skimage"]):
+        try:
+            images.append(load_image(file, size))
+        except ImageError as e:
+            warnings.warn(f"skipped an unreadable validation image: {e}", stacklevel=2)
+        if len(images) == 8:
+            break
+    if not images:
+        raise DataError(f"no validation image of {source} can be read")
+    return torch.cat(images)
 
 # %% ../nbs/11_run_dir.ipynb #308e20f2
 @torch.no_grad()
@@ -409,3 +426,20 @@ def serialize_state(state: Mapping) -> bytes:
 def deserialize_state(content: bytes) -> dict:
     "Load the output of `serialize_state` on the CPU; raise an error for other objects."
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+# %% ../nbs/11_run_dir.ipynb #a47798f6
+def init_discriminator(source: str | None) -> dict[str, Tensor] | None:
+    "Return the discriminator of a run, of one of its checkpoints, or of a published training checkpoint."
+    path = Path(source or "")
+    if not source or path.suffix == ".safetensors" or not path.exists():
+        return None
+    if path.is_file():
+        state = read_weights(path)
+    elif (path / "state.pt").exists():
+        state = deserialize_state(read_checkpoint(path)["files"]["state.pt"])
+    else:
+        run = path.parent if path.name == "tokenizer" else path
+        newest = newest_checkpoint(run / "checkpoints")
+        state = deserialize_state(newest[1]["files"]["state.pt"]) if newest else {}
+    weights = state.get("image_disc")
+    return weights and {internal_name(name.removeprefix("module.")): w for name, w in weights.items()}

@@ -18,7 +18,7 @@ from bitvae.evaluation import evaluate, protocol_rows, results_table
 from bitvae.images import held_out_photographs, load_image
 from bitvae.tokenizer import BitVAE
 from bitvae.training import main as train_main
-from bitvae.training import train_arguments
+from bitvae.recipes import train_arguments
 
 CARD = ROOT / "benchmarks" / "demo-tokenizer"
 

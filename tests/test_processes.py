@@ -13,7 +13,7 @@ from children import ROOT, free_port, ranks, script
 
 from bitvae.launch import RESUME_HINT, ProcessesFailed, run_processes, torchrun_command
 from bitvae.run_dir import newest_checkpoint, read_metrics
-from bitvae.training import train_arguments
+from bitvae.recipes import train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ norm = max(losses[0]["grad_norm"], 1.0)  # the hook sees gradients that are clip
 gradients = [norm * g for g in gradients[0]]
 weights = list(t.tok.state_dict().values())
 if gan:
-    weights += list(t.raw_discriminator.state_dict().values())
+    weights += list(t.discriminator.state_dict().values())
 torch.save({"losses": losses, "gradients": gradients, "weights": weights}, f"{out}.{rank}")
 """
 
@@ -251,7 +251,7 @@ import os, signal, sys, threading, time
 from pathlib import Path
 from bitvae.launch import Interrupted, run_processes, torchrun_command
 from bitvae.run_dir import read_metrics
-from bitvae.training import train_arguments
+from bitvae.recipes import train_arguments
 
 folder = Path(sys.argv[1])
 

@@ -205,6 +205,7 @@ def test_weights_and_biases(tmp_path):
     assert told["config"]["name"] == "smoke" and told["config"]["steps"] == 3
     losses = [(step, v["loss"]) for step, v in zip(told["steps"], told["values"], strict=True) if "loss" in v]
     assert [step for step, _ in losses] == [0, 1, 2]
+    assert told["steps"] == sorted(told["steps"])  # wandb drops what comes out of order
     assert "entropy/1x1" in told["values"][0]
     images = [v["samples"] for v in told["values"] if "samples" in v]
     assert len(images) == 2 and images[0][0][-1] == 3  # height, width, channels
