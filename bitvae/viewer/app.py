@@ -21,6 +21,7 @@ import threading
 import webbrowser
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from PIL import Image
 
 from ..bits import patch
 from ..checkpoints import RELEASED
-from ..images import difference, error_map, ImageBytes, to_image
+from ..images import difference, display_figure, error_map, ImageBytes, to_image
 from ..plots import draw_image, plane_grid
 from ..tokenizer import BitVAE
 from .session import EditSession, ImageSource, load_limited, png_bytes
@@ -137,11 +138,11 @@ def open_path(self: SourcePanel, path: str) -> None:
 # %% ../../nbs/viewer/24_app.ipynb #4f46a864
 def snapshot(session: EditSession, k: int):  # a matplotlib Figure
     "Plot a session at k scales: original, reconstruction, error or change, bit planes, and all prefixes."
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     x, y, token_map = session.x.cpu(), session.image(k).cpu(), session.bits.planes[k - 1][0]
-    fig = plt.figure(figsize=(6.2, 2.7), layout="constrained")
-    plt.close(fig)
+    fig = Figure((7.2, 3.1), dpi=192, layout="constrained")
+    fig._ipython_display_ = partial(display_figure, fig)
     top, strip = fig.subfigures(2, 1, height_ratios=[2, 1])
     top.suptitle(session.describe(k), fontsize=8)
     change = error_map(x, y), "error"
