@@ -128,6 +128,8 @@ def mathml(text: str) -> str:
 
 def markdown(text: str, file: str, page: str) -> str:
     "Return the Markdown of a file as Markdown of its page: links, formulas, tables and lists."
+    picture = r'<img src="([^"]+)" width="(\d+)" alt="([^"]*)">'  # as tools/readme.py writes them
+    text = re.sub(picture, r"![\3](\1){ width=\2 }", text)
     parts = CODE.split(text)
     for i in range(0, len(parts), 2):
         parts[i] = mathml(parts[i])
