@@ -35,6 +35,7 @@ from multiprocessing.pool import ThreadPool  # its threads end with the program,
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../nbs/19_token_dataset.ipynb #d8001a11
 import numpy as np
 import torch
 from PIL import Image
@@ -45,7 +46,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .arguments import add_tokenize_arguments
-from .bits import Bits, BitsError
+from .bits import Bits, BitsError, patch
 from .bitstream import rows_for, unpack_planes
 from .checkpoints import CODER_FILE
 from .config import DECODERS, SHARD_FORMATS
@@ -634,7 +635,7 @@ def local_shard(
     file = cached_copy(folder / name, sha256) if is_remote(folder) else folder / name
     return file, list(index_shard(file).items())
 
-
+# %% ../nbs/19_token_dataset.ipynb #5f80293d
 class TokenDataset(Dataset):
     "The images of a folder of shards; raise `FileNotFoundError` or `ValueError` if there is no data set."
 
@@ -663,28 +664,32 @@ class TokenDataset(Dataset):
         file, index = self.local_shard(shard["name"], shard["sha256"])
         return read_sample(file, *index[i - self.ends[number] + shard["count"]])
 
-    def image_sizes(self) -> list[Size]:
-        "Return the size (H, W) at which each image was encoded, without reading it."
-        size = self.manifest["size"]
-        sizes = []
-        for file in self.files:
-            same = [file.get("image_size", (size, size))] * file["count"]
-            sizes += map(tuple, file.get("image_sizes", same))
-        return sizes
+# %% ../nbs/19_token_dataset.ipynb #e3670dca
+@patch
+def image_sizes(self: TokenDataset) -> list[Size]:
+    "Return the size (H, W) at which each image was encoded, without reading it."
+    size = self.manifest["size"]
+    sizes = []
+    for file in self.files:
+        same = [file.get("image_size", (size, size))] * file["count"]
+        sizes += map(tuple, file.get("image_sizes", same))
+    return sizes
 
-    def batches_by_size(self, batch: int, seed: int | None = None) -> list[list[int]]:
-        "Return batches of images of one size for a DataLoader's `batch_sampler`; with a seed, shuffled."
-        groups = defaultdict(list)
-        rng = random.Random(seed)
-        for i, size in enumerate(self.image_sizes()):
-            groups[size].append(i)
-        if seed is not None:
-            for group in groups.values():
-                rng.shuffle(group)
-        batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
-        if seed is not None:
-            rng.shuffle(batches)
-        return batches
+
+@patch
+def batches_by_size(self: TokenDataset, batch: int, seed: int | None = None) -> list[list[int]]:
+    "Return batches of images of one size for a DataLoader's `batch_sampler`; with a seed, shuffled."
+    groups = defaultdict(list)
+    rng = random.Random(seed)
+    for i, size in enumerate(self.image_sizes()):
+        groups[size].append(i)
+    if seed is not None:
+        for group in groups.values():
+            rng.shuffle(group)
+    batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
+    if seed is not None:
+        rng.shuffle(batches)
+    return batches
 
 # %% ../nbs/19_token_dataset.ipynb #9ee3d44d
 def collate_images(

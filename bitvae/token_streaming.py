@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from .bits import patch
 from .launch import rank_and_world
 from .token_dataset import TokenDataset
 
@@ -48,22 +49,26 @@ class ShardOrder(Sampler):
 
     def __len__(self) -> int: return self.count - self.position
 
-    def __iter__(self) -> Iterator[int]:
-        "Iterate over the numbers of this rank's images, from the position to the end of the epoch."
-        order = np.random.default_rng([self.seed, 0, self.epoch]).permutation(len(self.counts))
-        for start in range(0, self.count, self.buffer):
-            stop = min(start + self.buffer, self.count)
-            if self.position < stop:
-                first = self.rank * self.count
-                images = self.images_between(order, first + start, first + stop)
-                rng = np.random.default_rng([self.seed, 1, self.epoch, first + start])
-                yield from rng.permutation(images)[max(0, self.position - start) :].tolist()
+# %% ../nbs/26_token_streaming.ipynb #47195676
+@patch
+def images_between(self: ShardOrder, order: np.ndarray, start: int, stop: int) -> np.ndarray:
+    "Return the numbers of the images at some positions of an order of shards."
+    ends = np.cumsum(self.counts[order])
+    shards = range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1)
+    firsts = self.ends[order] - ends  # of each shard: number of an image minus its position
+    parts = [np.arange(max(start, ends[i] - self.counts[order[i]]), min(stop, ends[i])) + firsts[i]
+             for i in shards]  # fmt: skip
+    return np.concatenate(parts)
 
-    def images_between(self, order: np.ndarray, start: int, stop: int) -> np.ndarray:
-        "Return the numbers of the images at some positions of an order of shards."
-        ends = np.cumsum(self.counts[order])
-        shards = range(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1)
-        firsts = self.ends[order] - ends  # of each shard: number of an image minus its position
-        parts = [np.arange(max(start, ends[i] - self.counts[order[i]]), min(stop, ends[i])) + firsts[i]
-                 for i in shards]  # fmt: skip
-        return np.concatenate(parts)
+
+@patch
+def __iter__(self: ShardOrder) -> Iterator[int]:
+    "Iterate over the numbers of this rank's images, from the position to the end of the epoch."
+    order = np.random.default_rng([self.seed, 0, self.epoch]).permutation(len(self.counts))
+    for start in range(0, self.count, self.buffer):
+        stop = min(start + self.buffer, self.count)
+        if self.position < stop:
+            first = self.rank * self.count
+            images = self.images_between(order, first + start, first + stop)
+            rng = np.random.default_rng([self.seed, 1, self.epoch, first + start])
+            yield from rng.permutation(images)[max(0, self.position - start) :].tolist()
