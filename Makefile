@@ -53,8 +53,8 @@ export: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (torch and what it needs: a few minutes, about 6 GB)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	# the S3 server of the tests, apart: one resolution of its boto3 and s3fs's botocore takes pip many minutes
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "moto[server]>=5.1"
+	# the S3 server of the tests, apart: fitting its boto3 to s3fs takes pip many minutes among all packages
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "moto[server]>=5.1" "s3fs>=2025.9"
 	touch $@
 
 clean:
