@@ -11,7 +11,6 @@ __all__ = ['staging_path', 'replace_file', 'is_remote', 'to_path', 'StorageError
 import errno
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -202,8 +201,9 @@ def cached_copy(
         if file.exists():
             os.utime(file)
             return file
-        with local_file(address) as copy, replace_file(file) as part:
-            shutil.copyfile(copy, part)
+        with replace_file(file) as part:
+            with explain_storage_errors(address):
+                address.fs.get_file(address.path, str(part))
             if file_checksum(part) != sha256:
                 raise StorageError(f"{address} is damaged or was replaced (its checksum differs)")
     prune_cache(folder, limit)

@@ -534,6 +534,8 @@ def count_images(todo: Todo) -> int | None:
 
 def write_shards(tok: BitVAE, todo: Todo, options: ShardOptions, show: bool = True) -> None:
     "Write shards in this process; show the progress or not."
+    if tok.device.type == "cpu":
+        retain_malloc_heap()
     with tqdm(total=count_images(todo), desc="tokenize", unit="image", disable=not show) as bar:
         for file, items in todo.items():
             write_shard(tok, options.prefetch(items()), file, options, bar.update)
@@ -562,8 +564,6 @@ def tokenize(
     options = ShardOptions(fit, batch, workers, compress, latents, decoder)
     check_options(shard_format, compress, crop, size=size, per_shard=per_shard, batch=batch, workers=workers)
     folder, (rank, world) = to_path(folder), rank_and_world()
-    if tok.device.type == "cpu":
-        retain_malloc_heap()
     found = open_source(images)
     named = image_labels(found, labels)
     job = describe_job(tok, found, named, options, per_shard, shard_format)
