@@ -284,6 +284,8 @@ def test_in_jupyterlab(page, tmp_path):
         color = "e => getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).map(Number)"
         for part in ("figcaption", ".bitvae-strip button", ".bitvae-button"):
             assert min(page.locator(part).first.evaluate(color)) > 180, part  # light on dark
+        inverted = "e => getComputedStyle(e).filter"  # charts are drawn in dark lines on white
+        assert "invert" in page.locator(".bitvae-charts svg").first.evaluate(inverted)
         screenshot(page, "lab-dark.png")
 
 
