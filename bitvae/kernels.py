@@ -234,10 +234,10 @@ def network_precision(name: str, device: str = "cuda") -> Iterator[None]:
 
 # %% ../nbs/91_kernels.ipynb #775e5b49
 def retain_malloc_heap() -> bool:  # whether the allocator supports it: glibc's does
-    "Keep freed memory in this process for later allocations."
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    "Keep freed memory in this process for later allocations, also of threads started after this call."
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+    options = {-4: 0, -1: -1, -8: 1}  # M_MMAP_MAX, M_TRIM_THRESHOLD, and M_ARENA_MAX of malloc.h
+    return all([mallopt(name, value) for name, value in options.items()])
