@@ -52,9 +52,9 @@ export: .venv/installed
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (torch and what it needs: a few minutes, about 6 GB)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[dev]"
 	# the S3 server of the tests, apart: fitting its boto3 to s3fs takes pip many minutes among all packages
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "moto[server]>=5.1" "s3fs>=2025.9"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check "moto[server]>=5.1" "s3fs>=2025.9"
 	touch $@
 
 clean:
