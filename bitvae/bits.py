@@ -28,11 +28,11 @@ def check_planes(planes: tuple[Tensor, ...], schedule: Schedule) -> None:
     K = len(schedule)
     if not 1 <= len(planes) <= K:
         raise BitsError(f"a schedule of {K} scales needs 1 to {K} token maps, got {len(planes)}")
-    B, d = planes[0].shape[0], planes[0].shape[-1]
-    for k, (plane, (h, w)) in enumerate(zip(planes, schedule, strict=False)):
-        if plane.dtype != torch.bool or plane.shape != (B, h, w, d):
-            found = f"{plane.dtype} {tuple(plane.shape)}"
-            raise BitsError(f"token map {k} must be bool {(B, h, w, d)}, got {found}")
+    batch, dim = planes[0].shape[:1], planes[0].shape[-1:]
+    for k, (plane, size) in enumerate(zip(planes, schedule, strict=False)):
+        shape = (*batch, *size, *dim)
+        if plane.dtype != torch.bool or plane.shape != shape:
+            raise BitsError(f"token map {k} must be bool {shape}, got {plane.dtype} {tuple(plane.shape)}")
 
 # %% ../nbs/02_bits.ipynb #1becb8cd
 class Deferred:
@@ -63,7 +63,9 @@ class Bits:
         object.__setattr__(self, "schedule", tuple((int(h), int(w)) for h, w in self.schedule))
         if not self.schedule:
             raise BitsError("the schedule is empty: it needs at least one scale")
-        object.__setattr__(self, "latent_size", tuple(self.latent_size or self.schedule[-1]))
+        sizes = {"latent_size": self.latent_size or self.schedule[-1], "image_size": self.image_size}
+        for name, size in sizes.items():
+            object.__setattr__(self, name, size and tuple(map(int, size)))
         if self.tokenizer is not None and not re.fullmatch("[0-9a-f]{16}", self.tokenizer):
             raise BitsError(f"a fingerprint has 16 hexadecimal digits, got {self.tokenizer!r}")
         check_planes(self.planes, self.schedule)
@@ -104,7 +106,7 @@ def select(
     images: int | slice,  # index or slice of the batch
 ) -> Bits:
     "Return some images of the batch; raise `BitsError` if there are none."
-    keep = slice(images, images + 1 or None) if isinstance(images, int) else images
+    keep = images if isinstance(images, slice) else slice(images, images + 1 or None)
     if not range(self.batch)[keep]:
         raise BitsError(f"no image {images} in a batch of {self.batch}")
     return replace(self, planes=tuple(p[keep] for p in self))
@@ -200,9 +202,10 @@ def indices_to_bits(
     "Invert `bits_to_indices`; raise `BitsError` for anything but integers in [0, 2^d)."
     if not 1 <= dim <= 62:
         raise BitsError(f"an index holds 1 to 62 bits per token, got {dim}: use the bits themselves")
-    if indices.is_floating_point() or (indices.numel() and not 0 <= indices.min() <= indices.max() < 2**dim):
+    wide = indices.long()  # 2^d may not fit into the type of the indices
+    if indices.is_floating_point() or (wide.numel() and not 0 <= wide.min() <= wide.max() < 2**dim):
         raise BitsError(f"indices of {dim} bits must be integers from 0 to 2^{dim} - 1")
-    return (indices.long()[..., None] >> torch.arange(dim - 1, -1, -1, device=indices.device)) % 2 > 0
+    return (wide[..., None] >> torch.arange(dim - 1, -1, -1, device=indices.device)) % 2 > 0
 
 # %% ../nbs/02_bits.ipynb #0488e82f
 @patch

@@ -69,6 +69,8 @@ def read_weights(file: str | os.PathLike) -> Mapping:
         if Path(file).suffix == ".safetensors":
             return load_file(file)
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise PermissionError(f"no permission to read {file}: change its mode") from None
     except Exception as e:  # a damaged file can raise anything
         reason = f"is damaged or no checkpoint: fetch it again ({type(e).__name__})"
         if isinstance(e, pickle.UnpicklingError) and zipfile.is_zipfile(file):
@@ -212,7 +214,10 @@ def describe_tokenizer(tok: BitVAE) -> str:
     counts = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (tok.encoder, tok.decoder)]
     lines = [str(c), tok.origin(), f"encoder {counts[0]:.2f} M parameters, decoder {counts[1]:.2f} M"]
     for size in (256, 512, 1024):
-        schedule = scale_schedule(-(-size // c.stride), -(-size // c.stride), c.mode)
+        try:
+            schedule = scale_schedule(-(-size // c.stride), -(-size // c.stride), c.mode)
+        except ValueError:  # a size that the mode does not serve
+            continue
         bits = sum(h * w for h, w in schedule) * c.dim
         rate = f"{bits / size**2:.4f} bits per pixel"
         lines.append(f"{size}x{size}: {len(schedule)} scales, {bits:,} bits, {rate}")
@@ -437,10 +442,11 @@ def from_pretrained(
     "Load a tokenizer; raise `CheckpointError`, or what `fetch_released` and `fetch_repository` do."
     if is_remote(name):
         with tempfile.TemporaryDirectory() as folder:
+            copied = fetch_address(name, Path(folder))
             try:
-                return cls.from_pretrained(fetch_address(name, Path(folder)), mode, optimize, device, dtype)
+                return cls.from_pretrained(copied, mode, optimize, device, dtype)
             except CheckpointError as e:
-                raise CheckpointError(str(e).replace(folder, str(name))) from None
+                raise CheckpointError(str(e).replace(str(copied), str(name))) from None
     path = find_tokenizer(name, revision, token)
     if not (path / "model.safetensors").exists():
         path = latest_in_run(path)

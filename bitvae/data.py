@@ -14,6 +14,7 @@ __all__ = ['Source', 'SHARD_NAME', 'SHARDS_ALONE', 'DEFAULT_CROP_RULE', 'COMPRES
 
 # %% ../nbs/08_data.ipynb #2d96b5d6
 import bz2
+import errno
 import glob
 import gzip
 import hashlib
@@ -95,7 +96,7 @@ def read_list(
             continue
         names = path, line, path.strip(), line.strip()  # a name may begin with a space, or end with a number
         name = next((name for name in names if is_remote(file) or is_remote(name)
-                     or (file.parent / name).is_file()), None)  # fmt: skip
+                     or os.path.isfile(file.parent / name)), None)  # fmt: skip
         if name is None:
             hint = "; expected 'path', 'path label' or 'path height width'" if re.search(r"\s", path) else ""
             raise DataError(f"{file} line {number}: no such image file: {file.parent / path.strip()}{hint}")
@@ -420,7 +421,7 @@ class HubImages(Sequence):
 
     def __getitem__(self, i: int) -> Path | ImageBytes:
         value = self.rows[int(i)][self.column]
-        if value is None:
+        if value is None or value["bytes"] is value["path"] is None:
             raise ImageError(f"row {i} of the data set holds no image")
         encoded = value["bytes"]
         return Path(value["path"]) if encoded is None else ImageBytes(f"row {i} of the data set", encoded)
@@ -449,7 +450,8 @@ def hub_images(
         import datasets
     except ImportError as e:
         raise ImportError("data sets need one more package: pip install datasets") from e
-    path, split = [*os.path.expanduser(name).split(":"), "train"][:2]
+    path, _, split = os.path.expanduser(name).partition(":")  # a split may be train[:10%]
+    split = split or "train"
     try:
         saved = Path(path).is_dir()
         rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split)
@@ -485,7 +487,8 @@ class Shards:
                 self.urls += list_objects(url) if is_remote(url) else sorted(glob.glob(pattern))
         if not self.urls:
             raise FileNotFoundError(f"no such shards: {' '.join(sources)}")
-        if missing := [url for url in self.urls if "://" not in url and not Path(url).is_file()]:
+        files = [url for url in self.urls if not (is_web(url) or is_remote(url))]
+        if missing := [file for file in files if not Path(file).is_file()]:
             raise FileNotFoundError(f"no such shard: {missing[0]}")
 
 # %% ../nbs/08_data.ipynb #2c033e42
@@ -515,6 +518,8 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
     except StorageError:
         raise
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(e.errno, f"cannot copy {url} to {tempfile.gettempdir()}: free disk space") from e
         remedy = "download it again (compression: .gz, .bz2 or .xz)"
         raise DataError(f"{url} is no readable shard, or cut short ({e}): {remedy}") from e
 
@@ -677,11 +682,11 @@ def shuffle_images(
 @patch
 def stream(
     self: Shards,
-    seed: Sequence[int],                 # of the order
-    skip: Callable[[str, str], object],  # called with the name of what cannot be read, and the reason
-    buffer: int = 256,                   # images in the shuffle buffer
+    seed: Sequence[int],   # of the order
+    unreadable: list[tuple[str, str]],  # receives the name of what cannot be read, and the reason
+    buffer: int = 256,     # images in the shuffle buffer
 ) -> Iterator[ImageBytes]:
-    "Yield encoded images without end."
+    "Yield encoded images without end; raise `DataError` after 100 members in a row that are none."
     from webdataset import ResampledShards
 
     def attempt(url: str) -> Iterator[ShardImage]:
@@ -690,11 +695,18 @@ def stream(
         except DataError as e:
             yield ShardImage("", e)
 
+    skipped = SkippedImages()  # in a row
+
+    def skip(name: str, reason: str) -> None:
+        skipped.skip(name, reason)
+        unreadable.append(skipped[-1])
+
     def read(shards: Iterable[dict]) -> Iterator[ImageBytes]:
         for url in (shard["url"] for shard in shards):
             item = None
             for item in attempt(url):
                 if isinstance(item.image, ImageBytes):
+                    skipped.clear()
                     yield item.image
                 else:
                     skip(f"{url}/{item.name}".rstrip("/"), str(item.image))
@@ -718,21 +730,25 @@ class ShardCrops(IterableDataset):
     def __iter__(self) -> Iterator[Crop]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        skipped = SkippedImages()
+        unreadable = []
         seed = [self.plan.seed, 3, self.indices.start, self.plan.rank, worker]
-        images = self.shards.stream(seed, skipped.skip)
+        images = self.shards.stream(seed, unreadable)
         for index in self.indices[worker::workers]:
-            crops = [self.crop(images, *key, skipped) for key in self.plan.micro_batch(index)]
-            yield Crop(torch.stack(crops), tuple(skipped))
-            skipped.clear()
+            crops = [self.crop(images, *key, unreadable) for key in self.plan.micro_batch(index)]
+            yield Crop(torch.stack(crops), tuple(unreadable))
+            unreadable.clear()
 
-    def crop(self, images: Iterator[ImageBytes], n: int, size: int, skipped: SkippedImages) -> Tensor:
+    def crop(self, images: Iterator[ImageBytes], n: int, size: int, unreadable: list) -> Tensor:
         "Return crop number n of the next usable image."
+        skipped = SkippedImages()
         for image in images:
             try:
-                return random_crop(image, size, np.random.default_rng([self.plan.seed, 1, n]), self.rule)
+                x = random_crop(image, size, np.random.default_rng([self.plan.seed, 1, n]), self.rule)
             except ImageError as e:
                 skipped.skip(image, e)
+            else:
+                unreadable.extend(skipped)
+                return x
         raise DataError("the shards hold no images")
 
 # %% ../nbs/08_data.ipynb #27c8df37
@@ -756,7 +772,8 @@ def fingerprint(images: Images) -> str:
     if isinstance(images, HubImages):
         return images.fingerprint
     files = map(str, images.urls if isinstance(images, Shards) else images)
-    facts = [file if "://" in file else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    facts = [file if is_web(file) or is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}"
+             for file in files]  # fmt: skip
     return hashlib.sha256("\n".join(facts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 # %% ../nbs/08_data.ipynb #a8aeeb97
@@ -793,7 +810,7 @@ def read_items(
                     raise
                 raise type(e)(str(e).rpartition(f"{type(e).__name__}: ")[2].strip()) from e
             except RuntimeError as e:
-                if "timed out" not in str(e):
+                if "DataLoader timed out" not in str(e):
                     raise
             else:
                 yield item
@@ -900,6 +917,8 @@ class DeviceCrops:
             try:
                 file = files[i]
                 return str(file), stored_sizes(file, as_tuple(self.plan.size), self.rule)
+            except StorageError:
+                raise  # not the image's fault
             except (ImageError, OSError) as e:
                 return str(file), e
 

@@ -236,7 +236,7 @@ def open_lazy(file: str | os.PathLike | ImageBytes) -> Iterator[Image.Image]:
             yield image
     except ImageError as e:
         raise ImageError(f"{file}: {e}") from None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no such image file: {file}") from None
     except PermissionError:
         raise PermissionError(f"no permission to read {file}: change its mode, or leave it out") from None

@@ -9,6 +9,7 @@ __all__ = ['LAUNCHER', 'LAUNCHER_VARIABLES', 'EXPECTED_ERRORS', 'RESUME_HINT', '
            'announce_group', 'torchrun_store', 'wait_for_all', 'exclusive_run', 'is_alive', 'StopSignals']
 
 # %% ../nbs/12_launch.ipynb #7fc98361
+import codecs
 import datetime
 import functools
 import itertools
@@ -110,7 +111,7 @@ class ProcessesFailed(RuntimeError):
 # %% ../nbs/12_launch.ipynb #902021fc
 def launch_error(output: str, code: int, received: Sequence[str]) -> BaseException:
     "Return the exception for the end of the ranks' output, torchrun's exit code and the forwarded signals."
-    reasons = list(dict.fromkeys(re.findall(r"bitvae: (?:rank \d+: )?(.+)", output)))
+    reasons = list(dict.fromkeys(re.findall(r"bitvae: (?!warning: )(?:rank \d+: )?(.+)", output)))
     stops = [reason for reason in reasons if RESUME_HINT in reason]
     if causes := [reason for reason in reasons if reason not in stops]:
         return ProcessesFailed("; ".join(causes))
@@ -135,6 +136,7 @@ def run_processes(command: Sequence[str]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
     received = []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may arrive in two pieces
     tail = ""
     if "--rdzv-endpoint" in command:
         nodes, place = (command[command.index(option) + 1] for option in ("--nnodes", "--rdzv-endpoint"))
@@ -146,7 +148,8 @@ def run_processes(command: Sequence[str]) -> None:
 
     previous = handle_signals(forward)
     try:
-        while output := os.read(process.stdout.fileno(), 65536).decode(errors="replace"):
+        while content := os.read(process.stdout.fileno(), 65536):
+            output = decoder.decode(content)
             sys.stdout.write(output)
             sys.stdout.flush()
             tail = (tail + output)[-100_000:]

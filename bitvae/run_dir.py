@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_metrics', 'reopen_metrics', 'MetricsLog', 'check_trackers', 'start_trackers', 'git_commit', 'describe_run',
            'resume_key', 'RunExistsError', 'has_run', 'read_run', 'check_resumable', 'open_run_dir', 'UnreadableImages',
-           'scale_name', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'validation_images',
+           'name_scales', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'validation_images',
            'decode_progression', 'sample_grid', 'write_synced', 'remove_checkpoint', 'write_checkpoint',
            'read_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'validation_loss', 'prune_checkpoints',
            'serialize_state', 'deserialize_state', 'init_discriminator']
@@ -15,11 +15,13 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -255,9 +257,14 @@ class UnreadableImages:
             raise DataError(f"{count}, max_unreadable={self.max_fraction:g}; {last}")
 
 # %% ../nbs/11_run_dir.ipynb #d18f64f1
-def scale_name(m: Tensor) -> str:
-    "Return the size of a token map (B, h_k, w_k, d) as text, such as 4x6."
-    return "x".join(map(str, m.shape[1:3]))
+def name_scales(bits: Bits) -> list[str]:
+    "Return a distinct name for every scale: its size, such as 4x6, or 4x6-2 for the second one of a size."
+    names, seen = [], Counter()
+    for m in bits:
+        size = "x".join(map(str, m.shape[1:3]))
+        seen[size] += 1
+        names.append(size if seen[size] == 1 else f"{size}-{seen[size]}")
+    return names
 
 # %% ../nbs/11_run_dir.ipynb #d2dee9a5
 @torch.no_grad()
@@ -266,7 +273,8 @@ def summarize_bits(bits: Bits) -> dict[str, dict[str, float]]:
     ones = [m.float().mean((0, 1, 2)) for m in bits]
     entropy = torch.stack([binary_entropy(p).mean() for p in ones]) / binary_entropy(torch.tensor(0.5))
     rows = torch.stack([torch.stack([p.mean() for p in ones]), entropy]).clamp(min=0).tolist()
-    ones, entropy = ({scale_name(m): round(v, 4) for m, v in zip(bits, row, strict=True)} for row in rows)
+    names = name_scales(bits)
+    ones, entropy = ({n: round(v, 4) for n, v in zip(names, row, strict=True)} for row in rows)
     return {"ones": ones, "entropy": entropy}
 
 # %% ../nbs/11_run_dir.ipynb #07987ca1
@@ -285,7 +293,7 @@ class CollapseWatch:
 
     def __call__(self, step: int, bits: Bits) -> None:
         "Check the batch of one step; warn once per collapse."
-        names = [scale_name(m) for m in bits]
+        names = name_scales(bits)
         same = torch.stack([(m == self.last.get(n, m[0])).all() for n, m in zip(names, bits, strict=True)])
         for name, m, unchanged in zip(names, bits, same.tolist(), strict=True):
             self.last[name] = m[0]
@@ -400,11 +408,12 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 # %% ../nbs/11_run_dir.ipynb #9ab32535
 def validation_loss(path: Path) -> float:
-    "Return the validation loss of a checkpoint, infinity if it cannot be read."
+    "Return the validation loss of a checkpoint, infinity if it cannot be read or is NaN."
     try:
-        return float(json.loads((path / "checkpoint.json").read_text())["validation"])
+        loss = float(json.loads((path / "checkpoint.json").read_text())["validation"])
     except (OSError, ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.inf
+    return math.inf if math.isnan(loss) else loss
 
 # %% ../nbs/11_run_dir.ipynb #8e81e59d
 def prune_checkpoints(folder: Path, keep: int) -> None:
@@ -430,7 +439,7 @@ def deserialize_state(content: bytes) -> dict:
 # %% ../nbs/11_run_dir.ipynb #a47798f6
 def init_discriminator(source: str | None) -> dict[str, Tensor] | None:
     "Return the discriminator of a run, of one of its checkpoints, or of a published training checkpoint."
-    path = Path(source or "")
+    path = Path(os.path.expanduser(source or ""))
     if not source or path.suffix == ".safetensors" or not path.exists():
         return None
     if path.is_file():

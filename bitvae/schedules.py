@@ -134,7 +134,7 @@ def generation_schedule(
     ladders = dict(zip(GENERATION_RATIOS, DYNAMIC, strict=True))
     ladders |= {1 / r: tuple((w, h) for h, w in ladder) for r, ladder in ladders.items() if r > 1}
     nearest = min(ladders, key=lambda r: abs(r - ratio))
-    if abs(nearest - ratio) > 0.01:
+    if not abs(nearest - ratio) <= 0.01:  # or NaN
         known = ", ".join(f"{r:.4g}" for r in sorted(ladders))
         raise ValueError(f"no schedule for the aspect ratio {ratio} (height / width): use one of {known}")
     if budget not in GENERATION_BUDGETS:
