@@ -9,11 +9,11 @@ __all__ = ['THUMBNAILS', 'CODECS', 'FeatureView', 'SET_METRICS', 'ORIGINALS', 'H
            'PartialResult', 'add_features', 'check_finite', 'settle', 'budget_schedules', 'rate_per_image', 'add_batch',
            'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts', 'assign_images', 'merge_parts',
            'evaluate_pending', 'reference_files', 'load_references', 'sample_features', 'update_references',
-           'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'evaluate_group',
-           'check_settings', 'collect_warnings', 'check_budgets', 'evaluate', 'protocol_rows', 'final_row',
-           'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table', 'markdown_table',
-           'save_results', 'read_results', 'evaluate_from_args', 'main', 'protocol_entries', 'protocol_fields',
-           'protocol_table', 'comparable_groups', 'rank_results', 'published_table']
+           'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'cudnn_benchmark',
+           'evaluate_group', 'check_settings', 'collect_warnings', 'check_options', 'evaluate', 'protocol_rows',
+           'final_row', 'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table',
+           'markdown_table', 'save_results', 'read_results', 'evaluate_from_args', 'main', 'protocol_entries',
+           'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results', 'published_table']
 
 # %% ../nbs/14_evaluation.ipynb #353c59f3
 import argparse
@@ -82,7 +82,7 @@ def codec_at_rate(
     bits_per_pixel: float,  # lower bound
     codec: str = "JPEG",    # or "WebP"
 ) -> tuple[Tensor, float]:  # decoded image (3, H, W), and its actual bits per pixel
-    "Encode the smallest file of at least this rate, or the largest one there is (Pillow)."
+    "Encode at the lowest quality, from 1 to 95, that reaches a rate; at 95 if none does (Pillow)."
     for quality in range(1, 96):
         file = io.BytesIO()
         to_image(image).save(file, codec, quality=quality, **CODECS[codec])
@@ -120,7 +120,7 @@ def reconstructions(
     for part, y in parts:
         k, rate = len(part), {"bits": part.count, "bits_per_pixel": part.count / x[0, 0].numel()}
         info = {"scales": k, "last_scale": list(part.schedule[k - 1])} | rate
-        yield Reconstruction(f"{k} scale{'s' * (k > 1)}", y, info)
+        yield Reconstruction(f"{k} scale{'s' * (k > 1)}", y.float(), info)  # metrics compute in float32
 
 # %% ../nbs/14_evaluation.ipynb #b2114d1e
 def load_networks(metrics: Sequence[str], protocols: Sequence[Protocol], device, networks=None) -> dict:
@@ -267,7 +267,8 @@ def settle(job: EvalJob, result: PartialResult) -> PartialResult:
     "Wait for the device, move everything to the CPU; raise `ValueError` for what is not finite."
     check_finite(job, result)
     for values in (*result.scores.values(), *result.features.values()):
-        values[:] = [torch.cat(values).cpu()]
+        device = values[-1].device  # the values of the last call are on the CPU
+        values[:] = [torch.cat([v.to(device) for v in values]).cpu()]
     for sums in (*result.moments.values(), *result.bit_stats):
         sums.cpu()
     return result
@@ -401,7 +402,7 @@ def evaluate_pending(job: EvalJob) -> PartialResult | None:
             now, done = time.monotonic(), len(result.indices) + len(result.unreadable)
             before = done - len(group) - len(unreadable)
             if rank == 0 and now - start > 60 and 20 * done // total > 20 * before // total:
-                print(f"evaluated {done} of {total} images", flush=True)
+                print(f"evaluated {done} of {total} images{' of rank 0' * (world > 1)}", flush=True)
             if job.folder and now - saved >= interval:
                 write_part(settle(job, result), file)
                 saved = time.monotonic()
@@ -420,10 +421,11 @@ def reference_files(job: EvalJob) -> dict[FeatureView, Path]:
     files, crop, count = {}, crop_key(job.protocols[0]), len(job.files)
     images = [crop, fingerprint(job.files), count, sorted(job.sample)]
     for view in map(reference_view, all_views(job)):
-        weights = hashlib.sha256()
-        for w in job.nets[view[0]].state_dict().values():
-            weights.update(w.cpu().numpy().tobytes())
-        key = hashlib.sha256(json.dumps([view, *images, weights.hexdigest()]).encode()).hexdigest()[:24]
+        net = job.nets[view[0]]
+        digest = hashlib.sha256(repr(net).encode())  # networks may differ in their layers alone
+        for w in net.state_dict().values():
+            digest.update(w.cpu().numpy().tobytes())
+        key = hashlib.sha256(json.dumps([view, *images, digest.hexdigest()]).encode()).hexdigest()[:24]
         files[view] = weights_dir() / "references" / f"{key}.pt"
     return files
 
@@ -529,27 +531,41 @@ def use_schedule(tok: BitVAE, mode: str) -> Iterator[None]:
     finally:
         tok.quantizer.mode = own
 
+# %% ../nbs/14_evaluation.ipynb #8a185208
+@contextmanager
+def cudnn_benchmark() -> Iterator[None]:
+    "Let cuDNN choose its algorithms by measurement until the block ends."
+    own = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = own
+
 # %% ../nbs/14_evaluation.ipynb #c2f835a6
 def evaluate_group(job: EvalJob, results: dict) -> dict[int, str]:
     "Add the job's results, in the first process; return index -> pixel digest; raise `ImageError` if empty."
-    torch.backends.cudnn.benchmark = True  # all batches but the last have one size
     if job.folder:
         job.folder.mkdir(exist_ok=True)
     job.references = load_references(job)
     mode, crop = job.protocols[0].mode or job.tok.quantizer.mode, crop_key(job.protocols[0])
-    with use_schedule(job.tok, mode):
+    with use_schedule(job.tok, mode), cudnn_benchmark():
         result = evaluate_pending(job)
     if result is None:
         return {}
-    results["unreadable"] = {str(job.files[i]): reason for i, reason in sorted(result.unreadable.items())}
+    unreadable = {str(job.files[i]): reason for i, reason in sorted(result.unreadable.items())}
     if not result.indices:
-        raise ImageError(next(iter(results["unreadable"].values())))
+        raise ImageError(next(iter(unreadable.values())))
+    before = results.setdefault("unreadable", unreadable)
+    for file in before.keys() ^ unreadable.keys():
+        reason = (before | unreadable)[file]
+        raise ImageError(f"{reason}, but only under some of the protocols: convert or remove {file}")
     job.references = update_references(job, result)
     scales = [info["last_scale"] for info in result.info.values() if "scales" in info]
     stats = [describe_bit_stats(s) for s in result.bit_stats]
     results["bits"][f"{mode} {crop}"] = {"scales": scales, "usage": stats}
     digests = dict(sorted(zip(result.indices, result.digests, strict=True)))
-    results["images"] = [job.files[i].name for i in digests]
+    results["images"] = [Path(str(job.files[i])).name for i in digests]  # a remote file is text
     pixels = hashlib.sha256(" ".join(digests.values()).encode()).hexdigest()[:16]
     shared = {"pixels": pixels, "bits": f"{mode} {crop}"}
     for p in job.protocols:
@@ -587,11 +603,20 @@ def collect_warnings(
     return texts
 
 # %% ../nbs/14_evaluation.ipynb #8d202c52
-def check_budgets(tok: BitVAE, protocols: Sequence[Protocol]) -> None:
-    "Raise `ValueError` for pixel budgets whose sizes have schedules of different lengths."
-    for p in (p for p in protocols if p.budget):
+def check_options(
+    tok: BitVAE, protocols: Sequence[Protocol], metrics: Sequence[str], batch: int, sample: int,
+    codec_rates: Sequence[float],
+) -> None:  # fmt: skip
+    "Raise `ValueError` for arguments of `evaluate` that would fail later, or share a row."
+    if batch < 1 or sample < 0:
+        raise ValueError(f"batch must be at least 1 and sample at least 0, got {batch} and {sample}")
+    if len({f"{rate:g}" for rate in codec_rates}) < len(codec_rates) or not all(r > 0 for r in codec_rates):
+        raise ValueError(f"codec_rates must be positive and differ, got {', '.join(map(str, codec_rates))}")
+    for p in protocols:
         with use_schedule(tok, p.mode or tok.quantizer.mode):
-            budget_schedules(tok, p.budget)
+            sizes = budget_schedules(tok, p.budget) if p.budget else [(p.size, p.size)]
+        if "ms_ssim" in metrics and (side := min(map(min, sizes))) <= 160:
+            raise ValueError(f"MS-SSIM needs sides above 160 pixels, crops of {p} have down to {side}")
 
 # %% ../nbs/14_evaluation.ipynb #83fe10ec
 def evaluate(
@@ -599,7 +624,7 @@ def evaluate(
     images: Source = "held-out",  # see `image_files`
     protocols: str | Protocol | Sequence[str | Protocol] = "clamped",  # names of `PROTOCOLS`, or your own
     metrics: Sequence[str] = ("psnr", "ssim"),  # names in `METRICS`
-    batch: int = 8,               # images at a time; changes no number
+    batch: int = 8,               # images at a time
     workers: int = 0,             # processes that read images
     codec_rates: Sequence[float] = (),  # bits per pixel of JPEG and WebP files to compare
     prefixes: bool = True,        # evaluate every prefix of the scales, and thumbnails
@@ -613,6 +638,7 @@ def evaluate(
     if world > 1 and not folder:
         raise ValueError("several processes need a folder for their partial results: pass one")
     protocols, files, mode = as_protocols(protocols), image_files(images), tok.quantizer.mode
+    check_options(tok, protocols, metrics, batch, sample, codec_rates)
     nets, chosen = load_networks(metrics, protocols, tok.device, networks), sample_indices(len(files), sample)
     results = {"tokenizer": asdict(tok.config), "weights": hash_weights(tok), "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),
@@ -622,8 +648,7 @@ def evaluate(
     if parts and rank == 0:
         check_settings(parts, results | {"protocols": hashes, "mode": mode})
     wait_for_all()
-    results |= {"images": [], "unreadable": {}, "bits": {}, "protocols": hashes}
-    check_budgets(tok, protocols)
+    results |= {"images": [], "bits": {}, "protocols": hashes}
     for (schedule, crop), group in group_protocols(protocols, mode).items():
         job = EvalJob(tok, files, group, metrics, nets, codec_rates, prefixes, chosen, {}, batch, workers,
                       parts and parts / f"{schedule}-{crop}", save_every)  # fmt: skip
@@ -715,10 +740,12 @@ def save_results(results: dict, file: str | os.PathLike) -> Path:
     with atomic_write(file) as part:
         part.write_text(json.dumps(plain, indent=1) + "\n")
     job = Path(file).parent / "parts" / "job.json"
-    settings = {key: results[key] for key in ("weights", "fingerprint", "metrics", "codec_rates", "sample")}
-    settings["protocols"] = {label: entry["hash"] for label, entry in results["protocols"].items()}
-    if job.exists() and settings.items() <= json.loads(job.read_text()).items():
-        shutil.rmtree(job.parent)
+    hashes = {label: entry["hash"] for label, entry in results["protocols"].items()}
+    if job.exists():
+        settings = json.loads(job.read_text())
+        found = results | {"protocols": hashes, "mode": settings["mode"]}  # results hold no mode of their own
+        if settings == {key: found.get(key) for key in settings}:
+            shutil.rmtree(job.parent)
     return Path(file)
 
 # %% ../nbs/14_evaluation.ipynb #004ee5ec

@@ -65,7 +65,7 @@ def latent_mean_loss(
     squared_mean = all_reduce_mean(means.mean(0)).square().sum()
     if n == 1:
         return squared_mean
-    mean_square = all_reduce_mean(means.square().sum(1).mean())
+    mean_square = all_reduce_mean(means.square().sum(1).mean(0, keepdim=True))[0]
     return F.relu((n * squared_mean - mean_square) / (n - 1))
 
 # %% ../nbs/07_losses.ipynb #e069bebe
@@ -107,7 +107,9 @@ TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}  # to
 
 
 def find_trunk(net: str, file: str | os.PathLike | None = None) -> Path:
-    "Return the file of LPIPS's VGG or AlexNet weights; raise `FileNotFoundError` if there is none."
+    "Return the file of LPIPS's VGG or AlexNet weights; raise `FileNotFoundError`, or `ValueError` for `net`."
+    if net not in TRUNKS:
+        raise ValueError(f"LPIPS's network must be {' or '.join(TRUNKS)}, got {net!r}")
     folders = weights_dir(), Path(torch.hub.get_dir(), "checkpoints")  # the second is torchvision's
     places = [Path(os.path.expanduser(file))] if file else [folder / TRUNKS[net] for folder in folders]
     for place in places:

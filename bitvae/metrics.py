@@ -174,20 +174,22 @@ def load_inception(
     "Return a library's port of FID's Inception; raise `ValueError` or `FileNotFoundError` for its weights."
     if port not in INCEPTION_FILES:
         raise ValueError(f"unknown port of Inception {port!r}: one of {', '.join(INCEPTION_FILES)}")
-    place = Path(file) if file else weights_dir() / INCEPTION_FILES[port]
+    place = Path(os.path.expanduser(file)) if file else weights_dir() / INCEPTION_FILES[port]
     found = bool(file) or place.exists()
     try:
         if port == "torch-fidelity":
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity import feature_extractor_inceptionv3 as library
 
-            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(place) if found else None)
-        from pytorch_fid import inception
+            build = partial(library.FeatureExtractorInceptionV3, "inception-v3-compat", ["2048"])
+        else:
+            from pytorch_fid import inception as library
 
+            build = library.InceptionV3
         if not found:
-            return inception.InceptionV3()
-        weights = torch.load(place, map_location="cpu", weights_only=True)
-        with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
-            return inception.InceptionV3()
+            return build()
+        weights = torch.load(place, map_location="cpu", weights_only=True)  # torch-fidelity would run code
+        with mock.patch.object(library, "load_state_dict_from_url", return_value=weights):
+            return build()
     except ImportError as e:
         raise ImportError(f"FID needs one more package: pip install {port}") from e
     except (RuntimeError, KeyError, UnpicklingError, EOFError) as e:

@@ -53,22 +53,22 @@ class Protocol:
 def check_protocol(p: Protocol) -> None:
     "Raise `ValueError` for an invalid value, naming the field and the valid values."
     window = p.ssim_window
-    rules = {
-        "size": (type(p.size) is int and p.size >= 11, "an integer of at least 11 pixels, for SSIM's window"),
-        "resize": (p.resize in RESIZES, f"one of {', '.join(RESIZES)}"),
-        "antialias": (p.antialias or not (p.resize == "lanczos" or p.torchvision),
-                      "True with lanczos or torchvision"),
-        "budget": (p.budget in (None, *GENERATION_BUDGETS), f"of {', '.join(GENERATION_BUDGETS)}, or None"),
-        "torchvision": (not (p.budget and (p.torchvision or p.halve or not p.antialias)),
-                        "False, halve False and antialias True with a budget"),
-        "halve": (not (p.halve and p.torchvision), "False with torchvision"),
-        "rounding": (p.rounding in ("round", "truncate"), "'round' or 'truncate'"),
-        "ssim_window": (window is None or window in range(3, p.size + 1, 2), "odd, from 3 to size, or None"),
-        "ssim_range": (0 < p.ssim_range < math.inf, "positive"),
-        "lpips": (set(p.lpips) <= set(LPIPS_NETS), f"of {', '.join(LPIPS_NETS)}"),
-        "inception": (p.inception in INCEPTION_FILES, f"one of {', '.join(INCEPTION_FILES)}"),
-    }
-    for name, (valid, values) in rules.items():
+    rules = (
+        ("size", type(p.size) is int and p.size >= 11, "an integer of at least 11 pixels, for SSIM's window"),
+        ("resize", p.resize in RESIZES, f"one of {', '.join(RESIZES)}"),
+        ("antialias", p.antialias or not (p.resize == "lanczos" or p.torchvision),
+         "True with lanczos or torchvision"),
+        ("budget", p.budget in (None, *GENERATION_BUDGETS), f"of {', '.join(GENERATION_BUDGETS)}, or None"),
+        ("budget", not (p.budget and (p.torchvision or p.halve or not p.antialias)),
+         "None with torchvision, halve or antialias=False"),
+        ("halve", not (p.halve and p.torchvision), "False with torchvision"),
+        ("rounding", p.rounding in ("round", "truncate"), "'round' or 'truncate'"),
+        ("ssim_window", window is None or window in range(3, p.size + 1, 2), "odd, from 3 to size, or None"),
+        ("ssim_range", 0 < p.ssim_range < math.inf, "positive"),
+        ("lpips", set(p.lpips) <= set(LPIPS_NETS), f"of {', '.join(LPIPS_NETS)}"),
+        ("inception", p.inception in INCEPTION_FILES, f"one of {', '.join(INCEPTION_FILES)}"),
+    )  # fmt: skip
+    for name, valid, values in rules:
         if not valid:
             raise ValueError(f"{name} must be {values}, got {getattr(p, name)!r}")
     if p.mode is not None:
@@ -94,10 +94,10 @@ def protocol(
     known = [f.name for f in fields(Protocol) if f.name != "name"]
     if unknown := [key for key in overrides if key not in known]:
         raise ValueError(f"unknown field {', '.join(unknown)} of a protocol: known are {', '.join(known)}")
-    base = PROTOCOLS[name]
-    changed = {key: v for key, v in overrides.items() if getattr(base, key) != v}
-    added = "".join(f", {key}={v}" for key, v in changed.items() if key not in ("size", "budget"))
-    return replace(base, name=name + added, **changed)
+    base, p = PROTOCOLS[name], replace(PROTOCOLS[name], **overrides)
+    changed = [key for key in overrides if getattr(p, key) != getattr(base, key)]
+    added = "".join(f", {key}={overrides[key]}" for key in changed if key not in ("size", "budget"))
+    return replace(p, name=name + added)
 
 # %% ../nbs/13_protocols.ipynb #8553bdd5
 def protocol_hash(p: Protocol) -> str:
@@ -114,7 +114,7 @@ def crop_key(p: Protocol) -> str:
     return p.resize + "".join(name for name, present in flags.items() if present) + f"-{p.budget or p.size}"
 
 # %% ../nbs/13_protocols.ipynb #8f626ec4
-LIBRARIES = {  # metric -> package that computes it
+LIBRARIES = {  # metric -> package that computes or defines it
     "psnr": "scikit-image", "ssim": "scikit-image", "ms_ssim": "pytorch-msssim", "lpips": "lpips",
     "efficientnet": "efficientnet-lite-pytorch",
     "fid": "torch-fidelity", "frechet_efficientnet": "torch-fidelity",

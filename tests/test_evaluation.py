@@ -18,11 +18,12 @@ from children import bitvae, ranks, script
 from PIL import Image
 from pytorch_msssim import ms_ssim as library_ms_ssim
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from bitvae.checkpoints import published_names
-from bitvae.evaluation import evaluate, main, protocol_rows, rank_results, read_results
+from bitvae.evaluation import PartialResult, evaluate, main, protocol_rows, rank_results, read_results, settle
 from bitvae.images import MAX_RESIZED_PIXELS, held_out_photographs, load_image, save_image
 from bitvae.losses import TRUNKS
 from bitvae.metrics import InceptionFeatures, crop_image, to_protocol_bytes, torchvision_crop
@@ -449,14 +450,24 @@ def test_finished_evaluation_leaves_only_its_results(tmp_path):
     assert sorted(f.name for f in Path(tmp_path, "new").iterdir()) == ["metrics.json"]
 
 
+def test_results_of_a_gpu_join_those_saved_before():
+    "A save moves the scores to the CPU; later ones come from the device."
+    with FakeTensorMode():  # checks devices, without one
+        scores = [torch.ones(2), torch.ones(3, device="cuda")]
+        result = PartialResult(scores={"psnr": scores})
+        settle(None, result)
+        assert [(values.device.type, len(values)) for values in scores] == [("cpu", 5)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_numbers_of_the_cpu():
-    "Every row, thumbnails included; bits near zero may flip."
+def test_a_gpu_gives_the_numbers_of_the_cpu(tmp_path):
+    "Every row, thumbnails included, with partial results; bits near zero may flip."
     tok, small = BitVAE.from_pretrained("demo"), protocol("clamped", size=192)
     metrics = ["psnr", "ssim", "ms_ssim"]
     expected = protocol_rows(evaluate(tok, "bundled", small, metrics, codec_rates=[0.5]))
-    measured = protocol_rows(evaluate(tok.cuda(), "bundled", small, metrics, codec_rates=[0.5]))
+    options = {"codec_rates": [0.5], "batch": 4, "folder": tmp_path, "save_every": 0.0}
+    measured = protocol_rows(evaluate(tok.cuda(), "bundled", small, metrics, **options))
     assert measured.keys() == expected.keys()
     for name, row in expected.items():
         assert all(abs(measured[name][m] - row[m]) < (0.01 if m == "psnr" else 1e-3) for m in metrics), name

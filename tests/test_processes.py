@@ -85,10 +85,16 @@ def test_with_a_discriminator_all_ranks_have_the_same_weights(worker):
         assert "adversarial" in losses and torch.tensor(list(losses.values())).isfinite().all()
 
 
-ENTROPY = """
+STATISTICS = """
 import torch
 import torch.distributed as dist
+from bitvae.losses import latent_mean_loss
 from bitvae.quantizer import all_reduce_mean, binary_entropy, bit_entropies
+
+torch.manual_seed(1)
+z = (torch.randn(4, 6, 2, 2) + 1).requires_grad_()
+mean_loss = latent_mean_loss(z)  # of one process
+mean_loss.backward()
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -105,12 +111,17 @@ torch.testing.assert_close(loss, reference)
 gradient = full.grad[2 * rank : 2 * rank + 2]
 torch.testing.assert_close(half.grad / 2, gradient)  # gradients are averaged over ranks
 assert all_reduce_mean(torch.full((2,), float(rank)), present=rank == 1).tolist() == [1, 1]  # rank 0 drops it
+latents = z.detach()[2 * rank : 2 * rank + 2].requires_grad_()
+loss = latent_mean_loss(latents)
+loss.backward()
+torch.testing.assert_close(loss, mean_loss.detach())
+torch.testing.assert_close(latents.grad / 2, z.grad[2 * rank : 2 * rank + 2])
 print("equal")
 """
 
 
-def test_batch_entropy_does_not_depend_on_the_number_of_processes(tmp_path):
-    (tmp_path / "worker.py").write_text(ENTROPY)
+def test_losses_of_batch_statistics_do_not_depend_on_the_number_of_processes(tmp_path):
+    (tmp_path / "worker.py").write_text(STATISTICS)
     for result in [child.finish() for child in ranks(2, script, tmp_path / "worker.py")]:
         assert result.returncode == 0 and result.stdout == "equal\n", result.stderr[-3000:]
 
