@@ -25,9 +25,9 @@ def test_package_notebooks_and_readme_agree():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n != "nbs/experiments/evaluate.ipynb"])
 @pytest.mark.slow
-def test_notebook_runs(monkeypatch, notebook):
+def test_notebook_runs(monkeypatch, notebook):  # tests/test_demo.py runs the experiment evaluate, twice
     monkeypatch.chdir(ROOT)
     if "triton" in notebook:  # its interpreter must be chosen before Triton is loaded
         line = [Path(sys.executable).with_name("nbdev_test"), "--path", notebook, "--n_workers", "1"]
