@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'BITS_VERSION', 'HEADER_BYTES', 'Flag', 'MAX_COMPRESSED_BITS', 'MAX_COMPRESSION', 'MAX_SCALES', 'MAX_PASSES',
-           'MAX_TOKENS', 'MODES', 'TILING_PIXELS', 'TILING_ROWS', 'IMAGE_FORMATS', 'encode_varints', 'ByteReader',
-           'encode_schedule', 'read_schedule', 'running_checksums', 'checksum_widths', 'encode_header', 'Header',
-           'read_header', 'unpack_planes', 'decode_planes', 'from_bytes', 'load', 'rows_for', 'encode_file',
+           'MAX_TOKENS', 'MAX_SIDE', 'MODES', 'TILING_PIXELS', 'TILING_ROWS', 'IMAGE_FORMATS', 'encode_varints',
+           'ByteReader', 'encode_schedule', 'read_schedule', 'running_checksums', 'checksum_widths', 'encode_header',
+           'Header', 'read_header', 'unpack_planes', 'decode_planes', 'from_bytes', 'load', 'rows_for', 'encode_file',
            'decode_file', 'is_bits_file', 'describe_file', 'encode_crops', 'fit_coder', 'smallest_file']
 
 # %% ../nbs/18_bitstream.ipynb #2f87e39e
@@ -19,7 +19,7 @@ import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntFlag
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate, chain, compress as select, islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from .bits import Bits, BitsError, patch
 from .data import CropPlan, CropRule, RandomCrops, Source, image_files
 from .images import load_image, save_image
 from .schedules import Schedule, Size, scale_schedule
-from .storage import atomic_write
+from .storage import atomic_write, read_file, to_path
 from .tokenizer import BitVAE
 
 # %% ../nbs/18_bitstream.ipynb #e225e47f
@@ -44,11 +44,12 @@ MAX_COMPRESSION = 39           # bits per bit of a compressed payload
 MAX_SCALES = 64                # scales of a compressed file
 MAX_PASSES = 4096              # scales times bits per token of a compressed file
 MAX_TOKENS = 1 << 20           # tokens of a scale or a latent
+MAX_SIDE = 1 << 16             # tokens on a side of a named schedule
 
 # %% ../nbs/18_bitstream.ipynb #fc2279eb
 def encode_varints(*values: int) -> bytes:
     "Encode non-negative integers with seven bits per byte."
-    shifts = ((v, s) for v in values for s in range(0, v.bit_length() or 1, 7))
+    shifts = ((v, s) for v in map(int, values) for s in range(0, v.bit_length() or 1, 7))
     return bytes(v >> s & 127 | (v >> s + 7 > 0) << 7 for v, s in shifts)
 
 # %% ../nbs/18_bitstream.ipynb #f8baf226
@@ -75,12 +76,12 @@ class ByteReader(io.BytesIO):
 MODES = ("dynamic", "dense", "original", "dense_f8", "half")  # by number in the file
 
 
-@cache
+@lru_cache(1024)
 def encode_schedule(schedule: Schedule, latent: Size) -> tuple[int, bytes]:
     "Return flags and bytes: a mode with this schedule, else a subset of a mode's, else all sizes."
     modes = [*MODES, *([f"same{len(schedule)}"] if len(schedule) < 256 else [])]
     subset = None
-    sizes = dict.fromkeys((schedule[-1], latent))
+    sizes = dict.fromkeys(size for size in (schedule[-1], latent) if max(size) <= MAX_SIDE)
     for (h, w), suffix, (number, mode) in product(sizes, ("", "_x2"), enumerate(modes)):
         try:
             full = scale_schedule(h, w, mode + suffix)
@@ -102,7 +103,7 @@ def read_schedule(reader: ByteReader, flags: int) -> Schedule:
     if flags & Flag.EXPLICIT:
         return tuple((reader.varint(), reader.varint()) for _ in range(number))
     h, w, same = reader.varint(), reader.varint(), number + 1 - len(MODES)
-    if same > 255 or max(h, w) > 1 << 16:
+    if same > 255 or max(h, w) > MAX_SIDE:
         raise BitsError(f"no schedule {number} of {h}x{w}: the file was not written by bitvae")
     try:
         mode = f"same{same}" if same > 0 else MODES[number]
@@ -151,6 +152,9 @@ def encode_header(bits: Bits, compressed: bytes) -> bytes:
 @patch
 def to_bytes(self: Bits, compress: bool = False) -> bytes:
     "Return header and bits; `compress` with the tokenizer's coder, or the adaptive one."
+    if min(self.batch, self.dim, *(self.image_size or ())) < 1:
+        found = f"{self.batch} images of {self.image_size} pixels with {self.dim} bits per token"
+        raise BitsError(f"a file takes at least one image, pixel and bit per token, not {found}")
     tokens = sorted(math.prod(size) for size in (*self.schedule, self.latent_size))
     if tokens[0] < 1 or tokens[-1] > MAX_TOKENS:
         raise BitsError(f"a file takes scales of 1 to {MAX_TOKENS} tokens, not {tokens[0]} to {tokens[-1]}")
@@ -260,7 +264,8 @@ def from_bytes(data: bytes) -> Bits:
             planes.append(plane)
             verified = len(planes) if checksum else verified
     if verified < header.held and extra == 0 or mismatch and header.coder is None:
-        raise BitsError(f"scale {verified + 1} is damaged (a checksum differs): fetch or write it again")
+        place = f"scale {verified + 1}" + ("" if header.checksums[verified] else " or a later one")
+        raise BitsError(f"{place} is damaged (a checksum differs): fetch or write it again")
     if not verified:
         raise BitsError("the file is cut short before its first checked scale: fetch or write it again")
     if verified < header.held:
@@ -276,14 +281,14 @@ def save(self: Bits, file: str | os.PathLike, compress: bool = False) -> Path:
     "Write a bits file; `compress` as in `to_bytes`."
     with atomic_write(file) as part:
         part.write_bytes(self.to_bytes(compress))
-    return Path(file)
+    return to_path(file)
 
 # %% ../nbs/18_bitstream.ipynb #2be2a570
 @staticmethod
 def load(file: str | os.PathLike) -> Bits:
     "Read a bits file; raise `FileNotFoundError` or `BitsError` with the file's name."
     try:
-        return Bits.from_bytes(Path(os.path.expanduser(file)).read_bytes())
+        return Bits.from_bytes(read_file(file))
     except BitsError as e:
         raise BitsError(f"{file}: {e}") from None
 
@@ -306,7 +311,7 @@ def encode_file(
     compress: bool = True,     # with the tokenizer's coder, or the adaptive one
 ) -> Bits:
     "Encode an image file as a bits file; raise what `load_image` does."
-    x = load_image(Path(os.path.expanduser(image)), size)
+    x = load_image(to_path(image), size)
     bits = tok.encode(x, rows=rows_for(x.shape[-2:]))
     bits.save(file, compress)
     return bits

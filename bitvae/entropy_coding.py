@@ -123,7 +123,7 @@ def code_planes(
     "Predict and code every bit, coarse to fine."
     signs, weights = [], coder.weights.copy()
     for k, shape in enumerate(shapes):
-        table = weights[min(scale_class(k, shape, shapes[-1]), len(weights) - 1)]
+        table = weights[scale_class(k, shape, shapes[-1]) % len(weights)]  # the adaptive coder has one
         plane, d, halves = np.zeros(shape), shape[3], checkerboard(shape)
         features = [context_features(signs, shape)[positions] for positions in halves]
         for c in range(d):
@@ -225,6 +225,8 @@ def fit_logistic(
 def fit_from_planes(batches: Iterable[Sequence[np.ndarray]], tokenizer: str = "") -> Coder:
     "Fit a coder to the token maps of several batches, made by the tokenizer with this fingerprint."
     examples = training_examples(batches)
+    if not examples:
+        raise ValueError("a coder is fitted to the bits of at least one image, got none")
     d = next(iter(examples.values()))[2].shape[1]
     weights = np.zeros((SCALE_CLASSES, 2, d, 9 * d + 5))
     for (n, half), arrays in examples.items():

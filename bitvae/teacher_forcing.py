@@ -35,9 +35,12 @@ def bits_from_tokens(
     **fields,                  # of `Bits`, such as `image_size` and `tokenizer`
 ) -> Bits:
     "Return the bits of token rows; raise `BitsError` for rows that do not fit the schedule."
+    if len(tokens) > len(schedule):
+        raise BitsError(f"{len(tokens)} scales of tokens do not fit a schedule of {len(schedule)}")
     planes = []
     for rows, (h, w) in zip(tokens, schedule, strict=False):
-        if rows.ndim != 3 or rows.shape[1] * patch**2 != h * w or rows.shape[2] % patch**2:
+        fits = rows.ndim == 3 and rows.shape[1] * patch**2 == h * w
+        if not fits or h % patch or w % patch or rows.shape[2] % patch**2:
             raise BitsError(f"{tuple(rows.shape)} are no rows of a scale of {h}x{w} tokens at patch={patch}")
         planes.append(rearrange(rows, "B (h w) (d p q) -> B (h p) (w q) d", h=h // patch, p=patch, q=patch))
     return Bits(planes, schedule, **fields)

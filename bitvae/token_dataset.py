@@ -6,7 +6,7 @@
 __all__ = ['SHARD_VERSION', 'READERS', 'Todo', 'Engine', 'Item', 'file_items', 'shard_items', 'plan_shards', 'ImageFit',
            'load_item', 'prefetch', 'image_size', 'Sample', 'encode_samples', 'encode_batch', 'add_to_tar', 'write_tar',
            'index_tar', 'read_bytes', 'TokenizedImage', 'read_tar', 'row_bytes', 'pack_row', 'sort_header',
-           'write_rows', 'open_rows', 'index_rows', 'read_row', 'index_shard', 'read_sample', 'write_json',
+           'write_rows', 'open_rows', 'index_rows', 'read_row', 'index_shard', 'read_sample', 'write_json', 'read_json',
            'shard_files', 'write_file', 'ShardOptions', 'write_shard', 'is_finished', 'describe_job', 'record_job',
            'check_options', 'write_manifest', 'count_images', 'write_shards', 'tokenize', 'read_manifest',
            'verify_dataset', 'verify_shard', 'local_shard', 'TokenDataset', 'collate_images', 'tokenize_from_args',
@@ -52,7 +52,7 @@ from .checkpoints import CODER_FILE
 from .config import DECODERS, SHARD_FORMATS
 from .data import DataError, Images, Shards, Source
 from .data import fingerprint, image_labels, is_label, open_source, shard_images
-from .entropy_coding import coder_for, load_coder, save_coder
+from .entropy_coding import coder_by_id, coder_for, load_coder, save_coder
 from .images import center_crop, center_crop_pixels, cover_crop, ImageBytes
 from .images import open_image, read_pixels, to_tensor
 from .kernels import optimize, retain_malloc_heap
@@ -89,7 +89,7 @@ def shard_items(url: str, prefix: str) -> Iterator[Item]:
         label = label.decode(errors="replace").strip()
         if label and not is_label(label):
             wanted = "class labels are integers from 0 to 2^63 - 1"
-            raise DataError(f"{url}: {name}.cls holds {label[:40]!r}: {wanted}")
+            raise DataError(f"{url}: the label of {name} is {label[:40]!r}: {wanted}")
         yield Item(f"{prefix}{n:06d}", image, label, name)
 
 # %% ../nbs/19_token_dataset.ipynb #e93bfb72
@@ -328,21 +328,20 @@ def write_rows(file: Path, samples: Iterable[Sample], tok: BitVAE, size: Size) -
 
 # %% ../nbs/19_token_dataset.ipynb #c9d8ebfa
 @contextmanager
-def open_rows(file: Path) -> Iterator[tuple[safe_open, dict]]:
-    "Open a safetensors shard and parse its metadata; convert errors inside the block to `BitsError`."
+def open_rows(file: Path, *names: str) -> Iterator[tuple[safe_open, list]]:
+    "Open a safetensors shard and parse some of its metadata; convert errors inside the block to `BitsError`."
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
-            yield f, {name: v if name == "tokenizer" else json.loads(v) for name, v in metadata.items()}
+            yield f, [metadata[n] if n == "tokenizer" else json.loads(metadata[n]) for n in names]
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise BitsError(f"{file} is not a readable shard of bits ({e}): remove it and tokenize again") from e
 
 # %% ../nbs/19_token_dataset.ipynb #b45b29a6
 def index_rows(file: Path) -> dict[str, int]:
     "Return the row of every key; raise `BitsError` if it is not a shard."
-    with open_rows(file) as (f, info):
-        keys, (h, w), dim = info["keys"], info["latent_size"], info["dim"]
-        bits = "U8", [len(keys), row_bytes(info["schedule"], dim)]
+    with open_rows(file, "keys", "schedule", "latent_size", "dim") as (f, (keys, schedule, (h, w), dim)):
+        bits = "U8", [len(keys), row_bytes(schedule, dim)]
         expected = {"bits": bits, "labels": ("I64", [len(keys)]), "latents": ("F16", [len(keys), dim, h, w])}
         for name in sorted({*f.keys(), "bits", "labels"}):
             part = f.get_slice(name)
@@ -356,12 +355,12 @@ def index_rows(file: Path) -> dict[str, int]:
 # %% ../nbs/19_token_dataset.ipynb #fc00060d
 def read_row(file: Path, key: str, row: int) -> TokenizedImage:
     "Read the image of a row; raise `BitsError` for damage."
-    with open_rows(file) as (f, info):
+    names = "dim", "schedule", "latent_size", "image_size", "tokenizer"
+    with open_rows(file, *names) as (f, (dim, schedule, latent_size, image_size, tokenizer)):
         part = {name: f.get_slice(name)[row : row + 1].clone() for name in f.keys()}
-        shapes = [(1, h, w, info["dim"]) for h, w in info["schedule"]]
+        shapes = [(1, h, w, dim) for h, w in schedule]
         planes = map(torch.from_numpy, unpack_planes(part["bits"].numpy().tobytes(), shapes))
-        sizes = info["latent_size"], tuple(info["image_size"])
-        bits = Bits(planes, info["schedule"], *sizes, info["tokenizer"])
+        bits = Bits(planes, schedule, latent_size, tuple(image_size), tokenizer)
         return TokenizedImage(bits, int(part["labels"]), key, part.get("latents"))
 
 # %% ../nbs/19_token_dataset.ipynb #fc0d1e2d
@@ -383,6 +382,14 @@ def write_json(file: Path, value: dict) -> None:
     "Write JSON atomically."
     with atomic_write(file) as part:
         part.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_json(file: Path, remedy: str = "remove it and tokenize again") -> dict:
+    "Read JSON; raise `ValueError` with the file's name for damage."
+    try:
+        return json.loads(read_file(file))
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged ({e}): {remedy}") from None
 
 
 def shard_files(records: Iterable[dict]) -> list[dict]:
@@ -456,7 +463,7 @@ def is_finished(file: Path, names: set[str]) -> bool:
     record = file.with_suffix(".json")
     if record.name not in names or file.name in names:
         return record.name in names
-    return names.issuperset(part["name"] for part in shard_files([json.loads(read_file(record))]))
+    return names.issuperset(part["name"] for part in shard_files([read_json(record)]))
 
 # %% ../nbs/19_token_dataset.ipynb #a961e2f7
 def describe_job(
@@ -488,7 +495,7 @@ def record_job(folder: Path, job: dict) -> None:
         raise ValueError(f"{foreign[0]} was not written by this command: choose another folder")
     for part in [] if is_remote(folder) else folder.glob(".*.shard-*"):
         part.unlink()
-    found = DECODERS["pillow"] | json.loads(read_file(file)) if begun else job
+    found = DECODERS["pillow"] | read_json(file, "tokenize into another folder") if begun else job
     if other := [key for key in job if found.get(key) != job[key]]:
         values = f"there {found.get(other[0])!r}, here {job[other[0]]!r}"
         raise ValueError(f"{folder} has shards with other {', '.join(other)} ({values}): use another folder")
@@ -511,7 +518,7 @@ def check_options(shard_format: str, compress: bool, crop: bool = True, **positi
 # %% ../nbs/19_token_dataset.ipynb #4d374e97
 def write_manifest(folder: Path, job: dict, shards: Sequence[Path]) -> dict:
     "Merge the records of all shards into the manifest; raise `DataError` if no image was tokenized."
-    records = [json.loads(read_file(file.with_suffix(".json"))) for file in shards]
+    records = [read_json(file.with_suffix(".json")) for file in shards]
     count, size = (sum(r[name] for r in records) for name in ("count", "bytes"))
     failed = [reason for r in records for reason in r["failed"].values()]
     if not count:
@@ -588,14 +595,16 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     file, coder = folder / "manifest.json", folder / CODER_FILE
     if not path_exists(file):
         raise FileNotFoundError(f"no {file}: no data set of bits, or not finished; rerun `bitvae tokenize`")
-    try:
-        manifest = json.loads(read_file(file))
-    except ValueError as e:
-        raise ValueError(f"{file} is damaged ({e}): tokenize again to rebuild it from the records") from None
+    manifest = read_json(file)
     if (version := manifest.get("version")) != SHARD_VERSION:
         raise ValueError(f"{file} has version {version}, this program reads {SHARD_VERSION}: update bitvae")
     if path_exists(coder):
         load_coder(coder)
+    if number := manifest.get("coder"):
+        try:
+            coder_by_id(number, manifest["config"]["dim"])
+        except LookupError as e:
+            raise ValueError(f"{coder} is missing or another one ({e}): tokenize again to write it") from None
     return manifest
 
 # %% ../nbs/19_token_dataset.ipynb #83e1c135
@@ -607,7 +616,10 @@ def verify_dataset(folder: str | os.PathLike) -> dict:  # the manifest
         if not path_exists(file := to_path(folder) / shard["name"]):
             raise FileNotFoundError(f"{file} is missing: tokenize again to write missing shards")
         with local_file(file) as local:
-            verify_shard(local, shard, manifest, keys)
+            try:
+                verify_shard(local, shard, manifest, keys)
+            except BitsError as e:
+                raise BitsError(str(e).replace(str(local), str(file))) from e
     return manifest
 
 
@@ -629,11 +641,14 @@ def verify_shard(file: Path, shard: Mapping, manifest: Mapping, keys: set[str]) 
 # %% ../nbs/19_token_dataset.ipynb #f31f397d
 def local_shard(
     folder: Path,  # or `UPath`
-    name: str, sha256: str,
+    name: str, sha256: str, count: int,  # of the shard's record
 ) -> tuple[Path, list[tuple[str, object]]]:  # key and position of each image
-    "Return the file of a shard, downloaded if it is in an object store, and its index."
+    "Return the file of a shard, downloaded if it is in an object store, and its index; raise `BitsError`."
     file = cached_copy(folder / name, sha256) if is_remote(folder) else folder / name
-    return file, list(index_shard(file).items())
+    index = list(index_shard(file).items())
+    if len(index) != count:
+        raise BitsError(f"{file} holds {len(index)} images instead of {count}: remove it and tokenize again")
+    return file, index
 
 # %% ../nbs/19_token_dataset.ipynb #5f80293d
 class TokenDataset(Dataset):
@@ -654,14 +669,16 @@ class TokenDataset(Dataset):
 
     def __reduce__(self):
         "Open the data set again in a data loader's worker, with its coder."
-        return type(self), (str(self.folder), self.open_shards)
+        return type(self), (self.folder, self.open_shards)
 
     def __getitem__(self, i: int) -> TokenizedImage:
         "Read one image; raise `IndexError`, `BitsError` for damage, or `StorageError`."
         i = range(len(self))[i]
         number = bisect(self.ends, i)
         shard = self.files[number]
-        file, index = self.local_shard(shard["name"], shard["sha256"])
+        file, index = self.local_shard(shard["name"], shard["sha256"], shard["count"])
+        if is_remote(self.folder):  # the limit of the cache may have removed the copy
+            file = cached_copy(self.folder / shard["name"], shard["sha256"])
         return read_sample(file, *index[i - self.ends[number] + shard["count"]])
 
 # %% ../nbs/19_token_dataset.ipynb #e3670dca
@@ -695,11 +712,8 @@ def batches_by_size(self: TokenDataset, batch: int, seed: int | None = None) -> 
 def collate_images(
     images: Sequence[TokenizedImage],
 ) -> tuple[Bits, Tensor] | tuple[Bits, Tensor, Tensor]:  # bits, classes (B,), latents (B, d, h, w) if kept
-    "Collate a batch for a DataLoader; raise `BitsError` if schedules differ."
-    first = images[0].bits
-    if any(t.bits.schedule != first.schedule or len(t.bits) != len(first) for t in images):
-        raise BitsError("images of different schedules cannot form a batch: tokenize them at one size")
-    bits = replace(first, planes=[torch.cat(scale) for scale in zip(*(t.bits for t in images), strict=True)])
+    "Collate a batch for a DataLoader; raise `BitsError` if schedules or image sizes differ."
+    bits = Bits.cat([t.bits for t in images])
     classes = torch.tensor([t.label for t in images])
     return (bits, classes) if images[0].z is None else (bits, classes, torch.cat([t.z for t in images]))
 
