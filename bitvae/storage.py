@@ -11,8 +11,8 @@ __all__ = ['DISK_FULL', 'staging_path', 'replace_file', 'is_remote', 'to_path', 
 import errno
 import hashlib
 import os
+import secrets
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -43,7 +43,7 @@ def replace_file(file: Path) -> Iterator[Path]:
     target = staging_path(file)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {file}: no such folder {target.parent}")
-    writer = threading.get_native_id()  # unique among the threads of a machine
+    writer = secrets.token_hex(8)  # process and thread numbers may repeat on machines that share a disk
     temporary = target.with_name(f".{writer}.{file.name[-60:]}")  # a name has at most 255 bytes
     try:
         temporary.touch()
