@@ -218,7 +218,7 @@ def chunked_forward(
 # %% ../nbs/91_kernels.ipynb #45358f44
 @contextmanager
 def network_precision(name: str, device: str = "cuda") -> Iterator[None]:
-    "Compute in float32, with TF32 products, or under bfloat16 autocast; raise `ValueError` for other names."
+    "Compute in float32, TF32 or bfloat16 autocast, in place of the caller's autocast; raise `ValueError`."
     if name not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -226,7 +226,8 @@ def network_precision(name: str, device: str = "cuda") -> Iterator[None]:
     try:
         for backend in backends:
             backend.allow_tf32 = name != "float32"
-        with torch.autocast(device, torch.bfloat16) if name == "bf16" else nullcontext():
+        low, possible = name == "bf16", torch.amp.is_autocast_available(device)
+        with torch.autocast(device, torch.bfloat16, enabled=low) if low or possible else nullcontext():
             yield
     finally:
         for backend, value in zip(backends, before, strict=True):
