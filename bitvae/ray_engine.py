@@ -102,7 +102,8 @@ def ray_cluster(address: str | None = None) -> Iterator:
     if mine:
         place = {"address": address} if address else {"include_dashboard": False}
         try:
-            ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
+            env = {"env_vars": {"MALLOC_ARENA_MAX": "1"}}  # Ray's threads exist before `retain_malloc_heap`
+            ray.init(**place, runtime_env=env, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as e:
             raise ConnectionError(f"no Ray cluster at {address} ({e}): run `ray start --head`") from e
     try:
