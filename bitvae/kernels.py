@@ -235,7 +235,7 @@ def network_precision(name: str, device: str = "cuda") -> Iterator[None]:
 
 # %% ../nbs/91_kernels.ipynb #775e5b49
 def retain_malloc_heap() -> bool:  # whether the allocator supports it: glibc's does
-    "Keep freed memory in this process for later allocations, also of threads started after this call."
+    "Keep freed memory in this process for later allocations; call it before the first thread starts."
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
