@@ -1,6 +1,6 @@
 """Tokenizing and evaluating on clusters: the scripts in examples/ with stubs of their scheduler, and Ray.
 
-BITVAE_TRIALS=2000 kills 20 of Ray's nodes and 5 drivers instead of one each.
+BITVAE_TRIALS=2000 kills 20 of Ray's nodes and 5 drivers instead of one node.
 """
 
 import json
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_kubernetes_tokenizes(tmp_path):
 # Ray
 
 MANY = int(os.environ.get("BITVAE_TRIALS", 1000)) > 1000
-KILLS = {"node": 20, "driver": 5} if MANY else {"node": 1, "driver": 1}
+KILLS = {"node": 20, "driver": 5}
 SHARDS, PER_SHARD = (50, 100) if MANY else (12, 6)
 RAY = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 
@@ -141,17 +142,29 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
 
 
-def test_kuberay_tokenizes(cluster, tmp_path):
-    "The entrypoint with its variables, on the cluster of this machine; a damaged tar file is named."
+def test_kuberay_tokenizes(images, cluster, tmp_path):
+    "The entrypoint with its variables, on the cluster of this machine, while a node is killed."
     job = yaml.safe_load((ROOT / "examples" / "kuberay.yaml").read_text())["spec"]
     variables = yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
     assert {group["replicas"] for group in job["rayClusterSpec"]["workerGroupSpecs"]} == {4, 8}
+    variables |= {"OPTIONS": "--size 32", "SHARD": PER_SHARD, "RAY_ADDRESS": cluster.address}
+    variables["PATH"] = f"{BITVAE.parent}:{os.environ['PATH']}"
+    run = partial(run_script, shlex.split(job["entrypoint"]))
+    with ThreadPoolExecutor() as pool:
+        ended = pool.submit(run, **variables | {"IMAGES": images, "FOLDER": (folder := tmp_path / "ray")})
+        while not (ended.done() or list(folder.glob("shard-*.json"))):
+            time.sleep(0.05)
+        assert not (folder / "manifest.json").exists()  # in the middle
+        cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
+        cluster.workers.append(cluster.add_worker())
+    assert ended.result().returncode == 0, ended.result().stderr[-2000:]
+    command = ["--images", images, "--per-shard", PER_SHARD, "--size", 32, "--folder", tmp_path / "local"]
+    assert bitvae("tokenize", "demo", *command).returncode == 0
+    assert contents(folder) == contents(tmp_path / "local")
+    assert (verify_dataset(folder)["count"], verify_dataset(folder)["failed"]) == (PER_SHARD * SHARDS - 1, 1)
     (tmp_path / "cut.tar").write_bytes(b"no tar file" * 100)
-    variables |= {"IMAGES": str(tmp_path / "cut.tar"), "FOLDER": tmp_path / "shards", "OPTIONS": "--size 32"}
-    path = f"{BITVAE.parent}:{os.environ['PATH']}"
-    entrypoint = shlex.split(job["entrypoint"])
-    run = run_script(entrypoint, **variables | {"PATH": path, "RAY_ADDRESS": cluster.address})
-    assert run.returncode == 1 and "cut.tar is" in run.stderr.splitlines()[-1], run.stderr[-2000:]
+    refused = run(**variables | {"IMAGES": tmp_path / "cut.tar", "FOLDER": tmp_path / "shards"})
+    assert refused.returncode == 1 and "cut.tar is" in refused.stderr.splitlines()[-1], refused.stderr[-2000:]
     assert not list((tmp_path / "shards").glob("shard-*"))
 
 
