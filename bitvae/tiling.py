@@ -68,15 +68,18 @@ def group_stats(
     groups: int,
 ) -> tuple[Tensor, Tensor]:  # mean and variance (B, groups)
     "Return the statistics of group normalization from row tiles."
-    count, total, squares = 0, 0, 0
+    count, means, squares = 0, 0, 0  # of each channel; squares of the differences from its mean
     for tile in tiles:
         for x in tile.split(band_rows(tile), 2):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            count = count + x.shape[2:].numel()
-            total = total + x.sum((2, 3))
-            squares = squares + x.square().sum((2, 3))
-    mean, square = ((t / count).unflatten(1, (groups, -1)).mean(2) for t in (total, squares))
-    return mean, (square - mean.square()).clamp(min=0)
+            n, mean = x.shape[2:].numel(), x.mean((2, 3), keepdim=True)
+            difference = mean.flatten(1) - means
+            count = count + n
+            means = means + difference * (n / count)
+            squares = squares + difference.square() * (n * (count - n) / count)
+            squares = squares + (x - mean).square_().sum((2, 3))
+    means, variances = (t.unflatten(1, (groups, -1)) for t in (means, squares / count))
+    return means.mean(2), variances.mean(2) + means.var(2, correction=0)
 
 # %% ../nbs/90_tiling.ipynb #20edb812
 def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
