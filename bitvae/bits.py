@@ -155,6 +155,9 @@ def __eq__(self: Bits, other: object) -> bool:
     a, b = [(x.schedule, x.latent_size, x.image_size, len(x), x.batch, x.dim) for x in (self, other)]
     return a == b and all(torch.equal(p, q.to(p.device)) for p, q in zip(self, other, strict=True))
 
+
+Bits.__hash__ = None  # equality is by value
+
 # %% ../nbs/02_bits.ipynb #4cc2ba93
 @patch
 def to(self: Bits, device: torch.device | str) -> Bits:

@@ -649,7 +649,7 @@ def parquet_images(url: str) -> Iterator[ShardImage]:
                 name, data = f"row {n}", row[image]
                 data = data.get("bytes") if isinstance(data, dict) else data
                 found = ImageBytes(f"{url}/{name}", data) if data else DataError(f"{url}/{name}: no image")
-                number = "" if label is None or row[label] is None else str(row[label])
+                number = "" if label is None or row[label] in (None, -1) else str(row[label])  # -1: none
                 yield ShardImage(name, found, number.encode())
     except DataError as e:
         raise DataError(str(e) if url in str(e) else f"{url}: {e}") from e

@@ -144,7 +144,8 @@ def list_objects(address: str) -> list[str]:
     path = to_path(address)
     with explain_storage_errors(address):
         found = path.fs.glob(path.path) if set("*?[") & set(str(address)) else path.fs.find(path.path)
-        return sorted(f"{path.protocol}://{name.lstrip('/')}" for name in found)
+    root = "/" if path.protocol == "file" else ""
+    return sorted(f"{path.protocol}://{root}{name.lstrip('/')}" for name in found)
 
 
 def find_files(

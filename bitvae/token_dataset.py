@@ -9,8 +9,8 @@ __all__ = ['SHARD_VERSION', 'READERS', 'Todo', 'Engine', 'Item', 'file_items', '
            'write_rows', 'open_rows', 'index_rows', 'read_row', 'index_shard', 'read_sample', 'write_json', 'read_json',
            'shard_files', 'write_file', 'ShardOptions', 'write_shard', 'is_finished', 'describe_job', 'record_job',
            'check_options', 'write_manifest', 'count_images', 'write_shards', 'tokenize', 'read_manifest',
-           'verify_dataset', 'verify_shard', 'local_shard', 'TokenDataset', 'collate_images', 'tokenize_from_args',
-           'main']
+           'verify_dataset', 'verify_shard', 'local_shard', 'list_samples', 'TokenDataset', 'collate_images',
+           'tokenize_from_args', 'main']
 
 # %% ../nbs/19_token_dataset.ipynb #9a479b40
 import argparse
@@ -639,16 +639,18 @@ def verify_shard(file: Path, shard: Mapping, manifest: Mapping, keys: set[str]) 
     keys |= {*index}
 
 # %% ../nbs/19_token_dataset.ipynb #f31f397d
-def local_shard(
-    folder: Path,  # or `UPath`
-    name: str, sha256: str, count: int,  # of the shard's record
-) -> tuple[Path, list[tuple[str, object]]]:  # key and position of each image
-    "Return the file of a shard, downloaded if it is in an object store, and its index; raise `BitsError`."
-    file = cached_copy(folder / name, sha256) if is_remote(folder) else folder / name
+def local_shard(folder: Path, shard: Mapping) -> Path:
+    "Return the file of a shard's record, downloaded if it is in an object store; raise `StorageError`."
+    file = folder / shard["name"]
+    return cached_copy(file, shard["sha256"]) if is_remote(folder) else file
+
+# %% ../nbs/19_token_dataset.ipynb #4f401071
+def list_samples(file: Path, count: int) -> list[tuple[str, object]]:  # key and position of each image
+    "Return the index of a shard of `count` images; raise `BitsError`."
     index = list(index_shard(file).items())
     if len(index) != count:
         raise BitsError(f"{file} holds {len(index)} images instead of {count}: remove it and tokenize again")
-    return file, index
+    return index
 
 # %% ../nbs/19_token_dataset.ipynb #5f80293d
 class TokenDataset(Dataset):
@@ -663,7 +665,7 @@ class TokenDataset(Dataset):
         self.manifest = read_manifest(folder)
         self.files = shard_files(self.manifest["shards"])
         self.ends = [*accumulate(file["count"] for file in self.files)]
-        self.local_shard = lru_cache(open_shards)(partial(local_shard, self.folder))
+        self.list_samples = lru_cache(open_shards)(list_samples)
 
     def __len__(self) -> int: return self.ends[-1]
 
@@ -676,9 +678,8 @@ class TokenDataset(Dataset):
         i = range(len(self))[i]
         number = bisect(self.ends, i)
         shard = self.files[number]
-        file, index = self.local_shard(shard["name"], shard["sha256"], shard["count"])
-        if is_remote(self.folder):  # the limit of the cache may have removed the copy
-            file = cached_copy(self.folder / shard["name"], shard["sha256"])
+        file = local_shard(self.folder, shard)  # each time: the limit of the cache may have removed it
+        index = self.list_samples(file, shard["count"])
         return read_sample(file, *index[i - self.ends[number] + shard["count"]])
 
 # %% ../nbs/19_token_dataset.ipynb #e3670dca
