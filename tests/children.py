@@ -104,11 +104,22 @@ def script(file, *arguments):
     runpy.run_path(str(file), run_name="__main__")
 
 
-def run_cells(file):
-    "Run the cells of a notebook in this process as `nbdev_test --path` does; exit with 1 if one fails."
-    from nbdev.test import nbdev_test
+def run_cells(file, parameters=None):
+    """Run the cells of a notebook in this process as `nbdev_test --path` does; exit with 1 if one fails.
 
-    nbdev_test(path=file, n_workers=0)
+    Papermill puts in parameters, values by their names.
+    """
+    import nbformat
+    from nbdev.test import nbdev_test
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    with tempfile.TemporaryDirectory() as folder:
+        if parameters:
+            notebook = parameterize_notebook(load_notebook_node(file), parameters)
+            file = Path(folder, Path(file).name)
+            nbformat.write(notebook, file)
+        nbdev_test(path=file, n_workers=0)
 
 
 def free_port():
