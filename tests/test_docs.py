@@ -9,6 +9,8 @@ from urllib.parse import unquote, urldefrag
 import pytest
 from children import ROOT
 
+from bitvae.cli import COMMANDS
+
 pytestmark = pytest.mark.slow
 LOADED = (".js", ".css", ".png", ".svg", ".woff2")
 
@@ -64,6 +66,11 @@ def test_site(tmp_path):
             assert site / "notebooks" / file.with_suffix(".html") in pages, file
     for module in (ROOT / "bitvae").glob("[a-z]*.py"):
         assert site / "api" / f"bitvae.{module.stem}.html" in pages, module
+    api = (site / "api" / "bitvae.bits.html").read_text()
+    assert "<code>fields</code></td>\n<td></td>\n<td>of <code>Bits</code>, such as" in api
+    commands = (site / "commands.html").read_text()
+    assert all(f">bitvae {name}<" in commands for name in COMMANDS) and "--protocols" in commands
+    assert "<summary>Imports of the examples</summary>" in (site / "notebooks" / "20_plots.html").read_text()
     assert "token map" in (site / "glossary.html").read_text()
     assert (site / "index.html").read_text().count("<img") > 8
     assert (site / "search" / "search_index.json").stat().st_size > 100_000

@@ -5,6 +5,7 @@
 Runs no notebook: the pages show the outputs that the notebooks hold.
 """
 import argparse
+import ast
 import base64
 import html
 import importlib
@@ -15,11 +16,14 @@ import os
 import re
 import shutil
 import sys
+import textwrap
+import tokenize
 from configparser import ConfigParser
+from contextlib import redirect_stdout, suppress
 from functools import cache
+from io import StringIO
 from pathlib import Path, PurePosixPath
 
-from fastcore.docments import docments
 from latex2mathml.converter import convert
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
@@ -204,8 +208,11 @@ class Notebook:
     def code(self, cell: dict) -> str:
         "Return a code cell and its outputs, without hidden parts."
         directives, text = flags(cell), re.sub(r"^#\|.*\n?", "", source(cell), flags=re.M).strip()
-        if "hide" in directives or any(d.startswith("default_exp") for d in directives):
+        if any(d.startswith("default_exp") for d in directives):
             return ""
+        if "hide" in directives:
+            title = "Imports of the examples" if "import " in text else "Hidden cell"
+            return f"<details markdown><summary>{title}</summary>\n\n{fence(text, 'python')}\n</details>\n"
         anchors = ""
         if "export" in directives:
             names = re.findall(r"^(?:def|class) (\w+)|^([A-Z]\w*)(?:: .*)? = ", text, flags=re.M)
@@ -253,23 +260,50 @@ def shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 4] + " ..."
 
 
+def comments(obj: object) -> dict[tuple[str, ...], str]:
+    """Return the comments beside the parameters, or fields, and the result of a function or class.
+
+    A comment describes all names on its line; the result's name is `return`.
+    """
+    text = textwrap.dedent(inspect.getsource(obj))
+    tree = ast.parse(text).body[0]
+    ends = {}  # name: its last line
+    if isinstance(tree, ast.ClassDef):
+        ends = {n.target.id: n.end_lineno for n in tree.body if isinstance(n, ast.AnnAssign)}
+        tree = next((n for n in tree.body if getattr(n, "name", "") == "__init__"), None)
+    if isinstance(tree, ast.FunctionDef):
+        a = tree.args
+        parameters = filter(None, (*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg))
+        ends |= {p.arg: p.end_lineno for p in parameters}
+        last = tree.returns.end_lineno if tree.returns else tree.body[0].lineno - 1
+        ends = {name: end for name, end in ends.items() if end < last} | {"return": last}
+    tokens = tokenize.generate_tokens(StringIO(text).readline)
+    found = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    lines = {end: tuple(n for n in ends if ends[n] == end and n != "self") for end in ends.values()}
+    return {names: found[end] for end, names in lines.items()
+            if names and not found.get(end, "fmt: ").startswith("fmt: ")}
+
+
+def type_name(annotation: object) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text)  # torch.Tensor -> Tensor
+
+
 def parameter_table(obj: object) -> str:
     "Return the documented parameters and the result as a table, or an empty string."
     try:
-        found = docments(obj, full=True, returns=True)
-    except Exception:  # of objects without source, such as a C function
+        found, documented = inspect.signature(obj), comments(inspect.unwrap(obj))
+    except (OSError, TypeError, ValueError):  # of objects without source, such as a C function
         return ""
+    kinds = {p.name: p.annotation for p in found.parameters.values()} | {"return": found.return_annotation}
     rows = []
-    for name, p in found.items():
-        if name == "self" or not p.get("docment"):
-            continue
-        kind = p["anno"] if p["anno"] is not inspect.Parameter.empty else ""
-        kind = kind if isinstance(kind, str) else inspect.formatannotation(kind)
-        kind = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", kind)  # torch.Tensor -> Tensor
-        kind = f"<code>{html.escape(kind)}</code>" if kind else ""
-        label = "*returns*" if name == "return" else f"`{name}`"
-        cells = label, kind, " ".join(str(p["docment"]).split())
-        rows.append("| " + " | ".join(c.replace("|", "&#124;") for c in cells) + " |")
+    for names, text in documented.items():
+        types = [type_name(kinds.get(name, inspect.Parameter.empty)) for name in names]
+        types = ", ".join(f"<code>{html.escape(kind)}</code>" for kind in dict.fromkeys(types) if kind)
+        label = "*returns*" if "return" in names else ", ".join(f"`{name}`" for name in names)
+        rows.append("| " + " | ".join(c.replace("|", "&#124;") for c in (label, types, text)) + " |")
     return "\n".join(["| parameter | type | meaning |", "| --- | --- | --- |", *rows, ""]) if rows else ""
 
 
@@ -299,12 +333,31 @@ def api_page(notebook: Notebook) -> str:
                     parts.append(f"### {shown} {{ #{shown} }}\n\n{inspect.getdoc(kind)}\n\n")
                 else:
                     parts.append(entry(kind, shown, 3, shown, shown))
-        elif callable(obj) and inspect.getdoc(obj):
+        elif inspect.isroutine(inspect.unwrap(obj)) and inspect.getdoc(obj):
             parts.append(entry(obj, name, 2, name, name))
         else:
             value = fence(f"{name} = {shorten(repr(obj), 300)}", "python")
             parts.append(f"## {name} {{ #{name} }}\n\n{value}")
     return "".join(parts)
+
+
+def commands_page() -> str:
+    "Return a page with the help of every command."
+    from bitvae.cli import COMMANDS
+
+    lines = [*map(str.split, COMMANDS), ["train", "quick"]]
+    about = "The help of every command; `bitvae train RECIPE --help` lists the values of a recipe."
+    parts = [f"# Command line\n\n{about}\n\n{fence(command_help([]))}"]
+    parts += [f"## bitvae {' '.join(words)}\n\n{fence(command_help(words))}" for words in lines]
+    return "\n".join(parts)
+
+
+def command_help(words: list[str]) -> str:
+    from bitvae.cli import main
+
+    with redirect_stdout(StringIO()) as printed, suppress(SystemExit):
+        main([*words, "--help"])
+    return printed.getvalue()
 
 
 def gallery(notebooks: dict[str, Notebook]) -> str:
@@ -333,6 +386,7 @@ def write_pages(out: Path) -> list:
     pages |= {f"api/{n.module}.md": api_page(n) for n in with_module}
     index = "".join(f"| [`{n.module}`]({n.module}.md) | {inspect.getdoc(sys.modules[n.module])} |\n"
                     for n in with_module)
+    pages["commands.md"] = commands_page()
     pages["api/index.md"] = f"# API\n\n| module | contents |\n| --- | --- |\n{index}"
     for file, page in PAGES.items():
         if file.endswith(".md"):
@@ -355,6 +409,7 @@ def write_pages(out: Path) -> list:
         parts[part].append({n.title(): n.page})
     parts["Notebooks"] += [{"Viewer": parts.pop("Viewer")}]
     return [{"Gallery": "index.md"}, {"Overview": "overview.md"}, *({k: v} for k, v in parts.items()),
+            {"Commands": "commands.md"},
             {"API": ["api/index.md", *({n.module: f"api/{n.module}.md"} for n in with_module)]},
             {"Glossary": "glossary.md"},
             {"Project": [{"Contributing": "contributing.md"}, {"Changelog": "changelog.md"},
@@ -366,6 +421,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / CONFIG["doc_path"], help="folder of the site")
     args = parser.parse_args()
+    os.environ["COLUMNS"] = "110"  # of the commands' help
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     pages = args.out.absolute().with_name(args.out.name + "_pages")
     try:
