@@ -245,7 +245,8 @@ def decode_planes(header: Header, payload: bytes) -> Iterator[np.ndarray]:
     try:
         coder = entropy.coder_by_id(header.coder, header.dim)
     except LookupError as e:
-        raise BitsError(f"{e}: load tokenizer {header.tokenizer} first, its folder has the coder") from None
+        raise BitsError(f"{e}: load its tokenizer first, {header.tokenizer} "
+                        "(--tokenizer), whose folder has the coder") from None
     return islice(entropy.decompress(payload, header.shapes, coder), sum(end <= possible for end in ends))
 
 # %% ../nbs/18_bitstream.ipynb #8544854e

@@ -272,7 +272,8 @@ def model_card(
         weights = hash_weights(tok)
         if results["weights"] != weights:
             theirs = results["weights"]
-            raise ValueError(f"these results are of weights {theirs}, the tokenizer's are {weights}")
+            raise ValueError(f"the results are of other weights ({theirs}) than the tokenizer's ({weights}): "
+                             "evaluate this tokenizer, with `bitvae evaluate TOKENIZER --folder FOLDER`")
         found, count = card_results(results), f"{len(results['images'])} images"
         metrics = [*dict.fromkeys(result.metric_type for result in found)]
         metadata |= {"eval_results": found, "metrics": metrics, "model_name": name}
@@ -315,7 +316,7 @@ def explain_hub_errors(task: str, repo: str, revision: str | None = None) -> Ite
     from huggingface_hub import errors
 
     page = f"{huggingface_hub.constants.ENDPOINT}/{repo}"
-    login = "log in with `hf auth login` or pass a token"
+    login = "log in with `hf auth login`, or set HF_TOKEN, which comes first"
     try:
         yield
     except errors.GatedRepoError:
@@ -325,9 +326,11 @@ def explain_hub_errors(task: str, repo: str, revision: str | None = None) -> Ite
         raise FileNotFoundError(f"{task}: {problem}; check the name, or {login}") from None
     except errors.RevisionNotFoundError:
         raise FileNotFoundError(f"{task}: it has no revision {revision!r}; see {page}/commits") from None
+    except errors.HFValidationError as e:
+        raise ValueError(f"{task}: {e}") from None
     except Exception as e:  # the client, its transport and the system raise different classes
         if getattr(getattr(e, "response", None), "status_code", 0) in (401, 403):
-            raise PermissionError(f"{task}: not allowed; {login} of its owner") from None
+            raise PermissionError(f"{task}: not allowed; as a user who may write there, {login}") from None
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConnectionError(f"{task}: {reason}; check the network, or {login}") from e
 
@@ -342,7 +345,9 @@ def push_to_hub(
     results: Mapping | None = None,  # of `bitvae.evaluation.evaluate`, for the model card
     **metadata,                      # of the card, see `model_card`
 ) -> str:  # the address of the commit
-    "Upload a tokenizer, its coder and its model card; raise what `explain_hub_errors` does."
+    "Upload a tokenizer, its coder and its model card; raise `ValueError` or what `explain_hub_errors` does."
+    if not REPOSITORY_NAME.fullmatch(repo):
+        raise ValueError(f"a repository on the Hub is named user/repo, got {repo!r}")
     api, message = huggingface_hub.HfApi(token=token), f"Upload tokenizer {self.fingerprint}"
     described = bool(results or metadata)
     with tempfile.TemporaryDirectory() as folder:

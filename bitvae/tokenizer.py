@@ -199,7 +199,8 @@ def decoded_size(
     if not isinstance(bits, Bits):
         raise TypeError(f"decode takes Bits, from encode or Bits.load, got {type(bits).__name__}")
     if bits.dim != self.config.dim:
-        raise ValueError(f"these bits have {bits.dim} bits per token, this tokenizer has {self.config.dim}")
+        raise ValueError(f"these bits have {bits.dim} bits per token, this tokenizer has {self.config.dim}: "
+                         f"load the tokenizer that made them, {bits.tokenizer or 'of unknown fingerprint'}")
     (h, w), f = bits.latent_size, self.config.stride
     H, W = bits.image_size or (h * f, w * f)
     if (-(-H // f), -(-W // f)) != (h, w):

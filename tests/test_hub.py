@@ -223,8 +223,11 @@ def test_what_cannot_be_loaded(hub, tok):
         assert len(str(caught.value).splitlines()) == 1
     assert "model.safetensors" not in hub.served
     assert BitVAE.from_pretrained("user/closed", token=TOKEN).fingerprint == tok.fingerprint
-    with pytest.raises(PermissionError, match="cannot upload user/new to the Hub: not allowed; log in"):
+    with pytest.raises(PermissionError, match="upload user/new .* not allowed; as a user .* HF_TOKEN"):
         tok.push_to_hub("user/new")
+    for name in ("new", "user/a b", "user/a--b", "a/b/c"):  # before a request
+        with pytest.raises(ValueError, match=r"named user/repo, got|upload user/a--b to the Hub: "):
+            tok.push_to_hub(name, token=TOKEN)
 
 
 def test_offline(hub, monkeypatch):
