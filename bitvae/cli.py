@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TOKENIZER', 'PROCESSES', 'NODES', 'RENDEZVOUS', 'LAUNCH', 'argument', 'command', 'info_command',
-           'build_parser', 'NotebookError', 'expand_home', 'main', 'train_command', 'evaluate_command',
+           'build_parser', 'NotebookError', 'expand_home', 'run_parsed', 'main', 'train_command', 'evaluate_command',
            'fetch_lpips_command', 'make_list_command', 'report_time', 'bits_files', 'encode_command', 'decode_command',
            'fit_coder_command', 'push_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command',
            'collapse_progress', 'private_kernel_manager', 'forward_interrupts', 'notebook_parameters',
@@ -100,22 +100,16 @@ def expand_home(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 # %% ../nbs/30_cli.ipynb #efc16938
-def main(arguments: Sequence[str] | None = None) -> int:
-    "Run one command, by default that of the command line, and return the exit code."
-    words = sys.argv[1:] if arguments is None else arguments
-    args = expand_home(build_parser(words).parse_args(words))
-    from bitvae.launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, drop_launcher_variables
-    from bitvae.launch import plain_output
+def run_parsed(args: argparse.Namespace) -> int:
+    "Run the command of parsed arguments, report known errors, and return the exit code."
+    from bitvae.launch import EXPECTED_ERRORS, ProcessesFailed, drop_launcher_variables, plain_output
 
     drop_launcher_variables()
     try:
         with plain_output():
             args.function(args)
-            sys.stdout.flush()
+            print(end="", flush=True)  # there may be no `sys.stdout`
         return 0
-    except KeyboardInterrupt as e:
-        print(f"bitvae: {e if isinstance(e, Interrupted) else 'stopped'}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -129,6 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             e = f"file names must be UTF-8, rename {summarize_names(names)}"
         print(f"bitvae: {e}", file=sys.stderr)
         return 1
+
+# %% ../nbs/30_cli.ipynb #96078f75
+def main(arguments: Sequence[str] | None = None) -> int:
+    "Run one command, by default that of the command line, and return the exit code."
+    words = sys.argv[1:] if arguments is None else arguments
+    args = expand_home(build_parser(words).parse_args(words))
+    try:
+        return run_parsed(args)
+    except KeyboardInterrupt as e:  # also while modules are imported
+        print(f"bitvae: {str(e) or 'stopped'}", file=sys.stderr)
+        return 130
 
 # %% ../nbs/30_cli.ipynb #9a49e3c7
 @command(add_train_arguments, PROCESSES, NODES, RENDEZVOUS)
@@ -214,17 +219,24 @@ def report_time(work: str, first: float = 2, every: float = 10) -> Iterator[None
         done.set()
         thread.join()
 
-
+# %% ../nbs/30_cli.ipynb #fed867c5
 def bits_files(files: Sequence[str], folder: str | None) -> list[tuple[str, str]]:  # image, bits file
     "Pair images with the files to write; raise `ValueError` if it is unclear where to."
+    from bitvae.bitstream import is_bits_file
+
+    pairs = [(file, str(Path(folder or "", Path(file).stem + ".bits"))) for file in files]
     if folder is None:
         if len(files) != 2:
             raise ValueError("give an image and a bits file, or images and --folder for their bits files")
-        return [tuple(files)]
-    pairs = [(file, str(Path(folder, Path(file).stem + ".bits"))) for file in files]
+        pairs = [tuple(files)]
     if len({target for _, target in pairs}) < len(pairs):
         raise ValueError("two images have the same name without its ending: encode them into two folders")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    for _, bits in pairs:
+        if os.path.isfile(bits) and os.path.getsize(bits) and not is_bits_file(bits):
+            raise ValueError(f"{bits} exists and is no bits file: "
+                             "choose another name, or give images and --folder for their bits files")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     return pairs
 
 # %% ../nbs/30_cli.ipynb #9cadd3d0
@@ -444,7 +456,7 @@ def notebook_parameters(notebook: str | os.PathLike) -> dict[str, bool]:
         cells = load_notebook_node(str(notebook)).cells
         source = next((cell.source for cell in cells if "parameters" in cell.metadata.tags), "")
         nodes = ast.parse(TransformerManager().transform_cell(source)).body
-    except (SyntaxError, ValidationError) as e:
+    except (SyntaxError, ValueError, TypeError, AttributeError, ValidationError) as e:
         raise ValueError(f"{notebook} is no notebook with a Python cell tagged parameters: {e}") from None
     known = {}
     for node in nodes:
@@ -476,6 +488,7 @@ def explain_failure(e: BaseException, notebook: str, failed: Path) -> Exception 
 def run_notebook(
     notebook: str | os.PathLike,  # with a cell tagged `parameters`
     output: str | os.PathLike,    # the executed copy
+    /,
     **parameters,                 # values for names in that cell
 ) -> Path:
     "Run a notebook; raise `ValueError` for unknown parameters, `NotebookError` or `Interrupted`."
