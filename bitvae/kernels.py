@@ -133,7 +133,7 @@ class FusedResnetBlock(ResnetBlock):
         h = self.conv1._conv_forward(h, self.conv1.weight, None)
         h = self.norm2(h, silu=True, shift=self.conv1.bias)
         h = self.conv2._conv_forward(h, self.conv2.weight, None)
-        return add_bias_op(h, self.conv2.bias, self.nin_shortcut(x))
+        return add_bias_op(h, self.conv2.bias, self.nin_shortcut(x).expand_as(h))
 
 # %% ../nbs/91_kernels.ipynb #37d7910c
 class CheckpointedResnetBlock(ResnetBlock):
