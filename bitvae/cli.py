@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'TOKENIZER', 'PROCESSES', 'NODES', 'RENDEZVOUS', 'LAUNCH'
            'fetch_lpips_command', 'make_list_command', 'report_time', 'bits_files', 'encode_command', 'decode_command',
            'fit_coder_command', 'push_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command',
            'collapse_progress', 'private_kernel_manager', 'forward_interrupts', 'notebook_parameters',
-           'explain_failure', 'run_notebook', 'find_notebook', 'run_command']
+           'explain_failure', 'copy_names', 'run_notebook', 'find_notebook', 'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
@@ -31,6 +31,7 @@ from . import __version__
 from .arguments import HELP, add_evaluate_arguments, add_tokenize_arguments, format_arguments
 from .config import PRECISIONS
 from .recipes import HelpFormatter, add_train_arguments, parse_setting
+from .storage import atomic_write, staging_path
 
 # %% ../nbs/30_cli.ipynb #8221d4aa
 COMMANDS = {}  # name: function of the parsed arguments, functions that add arguments to a parser
@@ -253,7 +254,6 @@ def encode_command(args: argparse.Namespace) -> None:
     "Encode an image, or several, into bits files."
     from bitvae import BitVAE
     from bitvae.bitstream import describe_file, encode_file
-    from bitvae.storage import staging_path
 
     pairs = bits_files(args.files, args.folder)
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode, optimize=True)
@@ -484,6 +484,13 @@ def explain_failure(e: BaseException, notebook: str, failed: Path) -> Exception 
         return Interrupted(f"{e.evalue or 'stopped'} (so far: {failed})")
     return NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (traceback in {failed})")
 
+# %% ../nbs/30_cli.ipynb #0445ff35
+def copy_names(output: Path) -> tuple[Path, Path]:
+    "Return the names of an executed copy during the run and after a failure."
+    staging = staging_path(output)
+    stem = os.fsencode(staging.stem)[:230].decode(errors="ignore")  # a name has at most 255 bytes
+    return staging.with_name(f"{stem}.running.ipynb"), staging.with_name(f"{stem}.failed.ipynb")
+
 # %% ../nbs/30_cli.ipynb #3b461cea
 def run_notebook(
     notebook: str | os.PathLike,  # with a cell tagged `parameters`
@@ -494,8 +501,6 @@ def run_notebook(
     "Run a notebook; raise `ValueError` for unknown parameters, `NotebookError` or `Interrupted`."
     import papermill
 
-    from bitvae.storage import atomic_write, staging_path
-
     notebook = os.path.expanduser(notebook)
     known = notebook_parameters(notebook)
     if unknown := ", ".join(name for name in parameters if name not in known):
@@ -504,9 +509,7 @@ def run_notebook(
     output, kernels = Path(os.path.expanduser(output)), []
     f"{notebook}\n{output}".encode()  # raises `UnicodeEncodeError`: papermill records both names
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = staging_path(output)
-    stem = os.fsencode(staging.stem)[:230].decode(errors="ignore")  # a name has at most 255 bytes
-    running, failed = (staging.with_name(f"{stem}.{end}.ipynb") for end in ("running", "failed"))
+    running, failed = copy_names(output)
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
     options |= {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:

@@ -186,7 +186,9 @@ def optimize(
         swap = chosen.get(type(module))
         if swap and getattr(swap, "accepts", type)(module):
             module.__class__ = swap
-            done[swap.__name__] = done.get(swap.__name__, 0) + 1
+        if type(module) in chosen.values():
+            name = type(module).__name__
+            done[name] = done.get(name, 0) + 1
     model.optimizations = done
     if verbose:
         print(f"optimized for {device}: " + ", ".join(f"{name} x {n}" for name, n in done.items()))
