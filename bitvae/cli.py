@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'TOKENIZER', 'PROCESSES', 'NODES', 'RENDEZVOUS', 'LAUNCH', 'argument', 'command', 'info_command',
-           'build_parser', 'NotebookError', 'expand_home', 'main', 'train_command', 'evaluate_command',
+           'build_parser', 'NotebookError', 'expand_home', 'run_parsed', 'main', 'train_command', 'evaluate_command',
            'fetch_lpips_command', 'make_list_command', 'report_time', 'bits_files', 'encode_command', 'decode_command',
            'fit_coder_command', 'push_command', 'tokenize_command', 'verify_command', 'count_command', 'view_command',
            'collapse_progress', 'private_kernel_manager', 'forward_interrupts', 'notebook_parameters',
-           'explain_failure', 'run_notebook', 'find_notebook', 'run_command']
+           'explain_failure', 'copy_names', 'run_notebook', 'find_notebook', 'run_command']
 
 # %% ../nbs/30_cli.ipynb #e76800ae
 import argparse
@@ -31,6 +31,7 @@ from . import __version__
 from .arguments import HELP, add_evaluate_arguments, add_tokenize_arguments, format_arguments
 from .config import PRECISIONS
 from .recipes import HelpFormatter, add_train_arguments, parse_setting
+from .storage import atomic_write, staging_path
 
 # %% ../nbs/30_cli.ipynb #8221d4aa
 COMMANDS = {}  # name: function of the parsed arguments, functions that add arguments to a parser
@@ -100,22 +101,16 @@ def expand_home(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 # %% ../nbs/30_cli.ipynb #efc16938
-def main(arguments: Sequence[str] | None = None) -> int:
-    "Run one command, by default that of the command line, and return the exit code."
-    words = sys.argv[1:] if arguments is None else arguments
-    args = expand_home(build_parser(words).parse_args(words))
-    from bitvae.launch import EXPECTED_ERRORS, Interrupted, ProcessesFailed, drop_launcher_variables
-    from bitvae.launch import plain_output
+def run_parsed(args: argparse.Namespace) -> int:
+    "Run the command of parsed arguments, report known errors, and return the exit code."
+    from bitvae.launch import EXPECTED_ERRORS, ProcessesFailed, drop_launcher_variables, plain_output
 
     drop_launcher_variables()
     try:
         with plain_output():
             args.function(args)
-            sys.stdout.flush()
+            print(end="", flush=True)  # there may be no `sys.stdout`
         return 0
-    except KeyboardInterrupt as e:
-        print(f"bitvae: {e if isinstance(e, Interrupted) else 'stopped'}", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of a pipe has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -129,6 +124,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             e = f"file names must be UTF-8, rename {summarize_names(names)}"
         print(f"bitvae: {e}", file=sys.stderr)
         return 1
+
+# %% ../nbs/30_cli.ipynb #96078f75
+def main(arguments: Sequence[str] | None = None) -> int:
+    "Run one command, by default that of the command line, and return the exit code."
+    words = sys.argv[1:] if arguments is None else arguments
+    args = expand_home(build_parser(words).parse_args(words))
+    try:
+        return run_parsed(args)
+    except KeyboardInterrupt as e:  # also while modules are imported
+        print(f"bitvae: {str(e) or 'stopped'}", file=sys.stderr)
+        return 130
 
 # %% ../nbs/30_cli.ipynb #9a49e3c7
 @command(add_train_arguments, PROCESSES, NODES, RENDEZVOUS)
@@ -214,17 +220,24 @@ def report_time(work: str, first: float = 2, every: float = 10) -> Iterator[None
         done.set()
         thread.join()
 
-
+# %% ../nbs/30_cli.ipynb #fed867c5
 def bits_files(files: Sequence[str], folder: str | None) -> list[tuple[str, str]]:  # image, bits file
     "Pair images with the files to write; raise `ValueError` if it is unclear where to."
+    from bitvae.bitstream import is_bits_file
+
+    pairs = [(file, str(Path(folder or "", Path(file).stem + ".bits"))) for file in files]
     if folder is None:
         if len(files) != 2:
             raise ValueError("give an image and a bits file, or images and --folder for their bits files")
-        return [tuple(files)]
-    pairs = [(file, str(Path(folder, Path(file).stem + ".bits"))) for file in files]
+        pairs = [tuple(files)]
     if len({target for _, target in pairs}) < len(pairs):
         raise ValueError("two images have the same name without its ending: encode them into two folders")
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    for _, bits in pairs:
+        if os.path.isfile(bits) and os.path.getsize(bits) and not is_bits_file(bits):
+            raise ValueError(f"{bits} exists and is no bits file: "
+                             "choose another name, or give images and --folder for their bits files")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     return pairs
 
 # %% ../nbs/30_cli.ipynb #9cadd3d0
@@ -241,7 +254,6 @@ def encode_command(args: argparse.Namespace) -> None:
     "Encode an image, or several, into bits files."
     from bitvae import BitVAE
     from bitvae.bitstream import describe_file, encode_file
-    from bitvae.storage import staging_path
 
     pairs = bits_files(args.files, args.folder)
     tok = BitVAE.from_pretrained(args.tokenizer, args.mode, optimize=True)
@@ -444,7 +456,7 @@ def notebook_parameters(notebook: str | os.PathLike) -> dict[str, bool]:
         cells = load_notebook_node(str(notebook)).cells
         source = next((cell.source for cell in cells if "parameters" in cell.metadata.tags), "")
         nodes = ast.parse(TransformerManager().transform_cell(source)).body
-    except (SyntaxError, ValidationError) as e:
+    except (SyntaxError, ValueError, TypeError, AttributeError, ValidationError) as e:
         raise ValueError(f"{notebook} is no notebook with a Python cell tagged parameters: {e}") from None
     known = {}
     for node in nodes:
@@ -472,16 +484,22 @@ def explain_failure(e: BaseException, notebook: str, failed: Path) -> Exception 
         return Interrupted(f"{e.evalue or 'stopped'} (so far: {failed})")
     return NotebookError(f"{notebook} failed: {e.ename}: {e.evalue} (traceback in {failed})")
 
+# %% ../nbs/30_cli.ipynb #0445ff35
+def copy_names(output: Path) -> tuple[Path, Path]:
+    "Return the names of an executed copy during the run and after a failure."
+    staging = staging_path(output)
+    stem = os.fsencode(staging.stem)[:230].decode(errors="ignore")  # a name has at most 255 bytes
+    return staging.with_name(f"{stem}.running.ipynb"), staging.with_name(f"{stem}.failed.ipynb")
+
 # %% ../nbs/30_cli.ipynb #3b461cea
 def run_notebook(
     notebook: str | os.PathLike,  # with a cell tagged `parameters`
     output: str | os.PathLike,    # the executed copy
+    /,
     **parameters,                 # values for names in that cell
 ) -> Path:
     "Run a notebook; raise `ValueError` for unknown parameters, `NotebookError` or `Interrupted`."
     import papermill
-
-    from bitvae.storage import atomic_write, staging_path
 
     notebook = os.path.expanduser(notebook)
     known = notebook_parameters(notebook)
@@ -491,9 +509,7 @@ def run_notebook(
     output, kernels = Path(os.path.expanduser(output)), []
     f"{notebook}\n{output}".encode()  # raises `UnicodeEncodeError`: papermill records both names
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = staging_path(output)
-    stem = os.fsencode(staging.stem)[:230].decode(errors="ignore")  # a name has at most 255 bytes
-    running, failed = (staging.with_name(f"{stem}.{end}.ipynb") for end in ("running", "failed"))
+    running, failed = copy_names(output)
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
     options |= {"stdout_file": sys.stdout, "stderr_file": sys.stderr}
     try:

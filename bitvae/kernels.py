@@ -6,7 +6,7 @@
 __all__ = ['SMALL_BYTES', 'INTERPRET', 'STEPS', 'CHECKPOINTED', 'SWAPS', 'CHUNK_BYTES', 'FoldedUpsample', 'ChannelsLastGroupNorm',
            'runs_fused', 'FusedGroupNorm', 'LayerTracer', 'traced_steps', 'is_unchanged', 'has_plain_bias',
            'FusedResnetBlock', 'CheckpointedResnetBlock', 'CheckpointedFusedBlock', 'checkpoint_activations',
-           'optimize', 'unoptimize', 'chunked_forward', 'network_precision', 'retain_malloc_heap']
+           'optimize', 'unoptimize', 'chunked_forward', 'tf32_switches', 'network_precision', 'retain_malloc_heap']
 
 # %% ../nbs/91_kernels.ipynb #9f05652a
 import ctypes
@@ -133,7 +133,7 @@ class FusedResnetBlock(ResnetBlock):
         h = self.conv1._conv_forward(h, self.conv1.weight, None)
         h = self.norm2(h, silu=True, shift=self.conv1.bias)
         h = self.conv2._conv_forward(h, self.conv2.weight, None)
-        return add_bias_op(h, self.conv2.bias, self.nin_shortcut(x))
+        return add_bias_op(h, self.conv2.bias, self.nin_shortcut(x).expand_as(h))
 
 # %% ../nbs/91_kernels.ipynb #37d7910c
 class CheckpointedResnetBlock(ResnetBlock):
@@ -186,7 +186,9 @@ def optimize(
         swap = chosen.get(type(module))
         if swap and getattr(swap, "accepts", type)(module):
             module.__class__ = swap
-            done[swap.__name__] = done.get(swap.__name__, 0) + 1
+        if type(module) in chosen.values():
+            name = type(module).__name__
+            done[name] = done.get(name, 0) + 1
     model.optimizations = done
     if verbose:
         print(f"optimized for {device}: " + ", ".join(f"{name} x {n}" for name, n in done.items()))
@@ -215,23 +217,39 @@ def chunked_forward(
         return net(x)
     return torch.cat([net(chunk) for chunk in x.split(images)])
 
+# %% ../nbs/91_kernels.ipynb #26358acb
+def tf32_switches() -> list[tuple[object, str, object]]:  # objects, their attributes, the values
+    "Return PyTorch's switches of TF32, of the interface that can be read."
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        torch.get_float32_matmul_precision()
+        return [(place, "allow_tf32", place.allow_tf32) for place in (matmul, cudnn)]
+    except RuntimeError:
+        cpu = torch.backends.mkldnn
+        places = matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv
+        return [(place, "fp32_precision", place.fp32_precision) for place in places]
+
 # %% ../nbs/91_kernels.ipynb #45358f44
 @contextmanager
 def network_precision(name: str, device: str = "cuda") -> Iterator[None]:
     "Compute in float32, TF32 or bfloat16 autocast, in place of the caller's autocast; raise `ValueError`."
     if name not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
+    before = tf32_switches()
+    flags = before[0][1] == "allow_tf32"
+    medium = flags and torch.get_float32_matmul_precision() == "medium"
+    wanted = name != "float32" if flags else "ieee" if name == "float32" else "tf32"
     try:
-        for backend in backends:
-            backend.allow_tf32 = name != "float32"
+        for place, attribute, _ in before:
+            setattr(place, attribute, wanted)
         low, possible = name == "bf16", torch.amp.is_autocast_available(device)
         with torch.autocast(device, torch.bfloat16, enabled=low) if low or possible else nullcontext():
             yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        for place, attribute, value in before:
+            setattr(place, attribute, value)
+        if medium:
+            torch.set_float32_matmul_precision("medium")
 
 # %% ../nbs/91_kernels.ipynb #775e5b49
 def retain_malloc_heap() -> bool:  # whether the allocator supports it: glibc's does

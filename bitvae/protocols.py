@@ -63,10 +63,13 @@ def check_protocol(p: Protocol) -> None:
          "None with torchvision, halve or antialias=False"),
         ("halve", not (p.halve and p.torchvision), "False with torchvision"),
         ("rounding", p.rounding in ("round", "truncate"), "'round' or 'truncate'"),
-        ("ssim_window", window is None or window in range(3, p.size + 1, 2), "odd, from 3 to size, or None"),
-        ("ssim_range", 0 < p.ssim_range < math.inf, "positive"),
+        ("ssim_window", window is None or type(window) is int and window in range(3, p.size + 1, 2),
+         "odd, from 3 to size, or None"),
+        ("ssim_range", type(p.ssim_range) in (int, float) and 0 < p.ssim_range < math.inf, "positive"),
         ("lpips", set(p.lpips) <= set(LPIPS_NETS), f"of {', '.join(LPIPS_NETS)}"),
-        ("inception", p.inception in INCEPTION_FILES, f"one of {', '.join(INCEPTION_FILES)}"),
+        ("inception", p.inception in tuple(INCEPTION_FILES), f"one of {', '.join(INCEPTION_FILES)}"),
+        *((flag, type(getattr(p, flag)) is bool, "True or False")
+          for flag in ("antialias", "halve", "torchvision", "clamp")),
     )  # fmt: skip
     for name, valid, values in rules:
         if not valid:
@@ -86,6 +89,7 @@ PROTOCOLS = {p.name: p for p in (
 # %% ../nbs/13_protocols.ipynb #7ac06684
 def protocol(
     name: str,    # one of `PROTOCOLS`
+    /,
     **overrides,  # fields of `Protocol`; all but size and budget are appended to its name
 ) -> Protocol:
     "Return a named protocol with some fields replaced; raise `ValueError` for unknown names."

@@ -113,9 +113,10 @@ RANGES = {  # wanted: predicate, fields
     "in [0, 1]": (lambda v: 0 <= v <= 1, "full_image_prob color_jitter max_unreadable lr_drop"),
     "at least 1": (lambda v: 1 <= v < inf, "accumulate max_zoom steps discriminator_channels "
                                            "checkpoint_every keep_checkpoints"),
+    "in [0, 2**63)": (lambda v: 0 <= v < 2**63, "seed"),
     "zero or positive": (
         lambda v: 0 <= v < inf, "quantizer_weight commitment_weight entropy_weight lecam_weight "
-                                "latent_mean_weight latent_mse_weight seed"),
+                                "latent_mean_weight latent_mse_weight"),
     "positive": (
         lambda v: 0 < v < inf, "pixel_weight perceptual_weight adversarial_weight inv_temperature "
                                "discriminator_lr_ratio grad_clip"),
@@ -221,6 +222,7 @@ RECIPES |= {stage.name: stage for dim in (16, 24, 32, 64) for stage in published
 
 def recipe(
     name: str,     # one of `RECIPES`
+    /,
     **overrides,   # fields of `TrainConfig` or of its `BitVAEConfig`
 ) -> TrainConfig:
     "Return a named recipe with some values replaced; raise `ValueError` for unknown names."
@@ -260,10 +262,13 @@ RENAMED_FIELDS = {  # old: new
 # %% ../nbs/09_recipes.ipynb #56aa8c65
 def config_from_run(values: Mapping) -> TrainConfig:
     "Return the recipe that a run stored as JSON; raise `ValueError` for unknown keys."
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a recipe is an object with names and values, got {values!r:.40}")
     values = {RENAMED_FIELDS.get(key, key): value for key, value in values.items()}
     if unknown := sorted(set(values) - {f.name for f in fields(TrainConfig)}):
         raise ValueError(f"unknown recipe keys {', '.join(unknown)}: the run is of another version of bitvae")
-    return TrainConfig(**{**values, "model": values["model"] and config_from_dict(values["model"])})
+    model = values.get("model")
+    return TrainConfig(**{**values, "model": model and config_from_dict(model)})
 
 # %% ../nbs/09_recipes.ipynb #faa51212
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}  # in JSON
@@ -327,7 +332,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
-
+# %% ../nbs/09_recipes.ipynb #871fe511
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     "Add the arguments of `train` to a command line; its help lists the values of the recipe."
     def choose(name: str) -> str:

@@ -387,7 +387,10 @@ def write_json(file: Path, value: dict) -> None:
 def read_json(file: Path, remedy: str = "remove it and tokenize again") -> dict:
     "Read JSON; raise `ValueError` with the file's name for damage."
     try:
-        return json.loads(read_file(file))
+        value = json.loads(read_file(file))
+        if not isinstance(value, dict):
+            raise ValueError("no object with names and values")
+        return value
     except ValueError as e:
         raise ValueError(f"{file} is damaged ({e}): {remedy}") from None
 

@@ -365,7 +365,11 @@ def fused_group_norm(
     silu: bool = True,  # activate the output
     shift: Tensor | None = None,  # (C,), added to x first
 ) -> Tensor:  # (B, C, H, W), channels-last, in the dtype of x
-    "Return GroupNorm of a feature map, followed by SiLU if `silu`."
+    "Return GroupNorm of a feature map, followed by SiLU if `silu`; raise `ValueError` for other shapes."
+    C = x.shape[1]
+    if C % groups or any(t is not None and t.shape != (C,) for t in (weight, bias, shift)):
+        raise ValueError(f"{C} channels need {C} weights, biases and shifts, and a number of groups "
+                         f"that divides them, got {len(weight)}, {len(bias)} and {groups} groups")
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         raise NotImplementedError("the fused operator has no forward-mode derivative: use F.group_norm")
     return group_norm_op(x, weight, bias, groups, eps, silu, shift)[0]

@@ -245,6 +245,22 @@ def test_edits_hooks_and_replaced_layers_take_effect(monkeypatch):
 
 
 @kernels
+def test_a_replaced_shortcut_broadcasts():
+    from bitvae.autoencoder import ResnetBlock
+    from bitvae.kernels import FusedGroupNorm, FusedResnetBlock, optimize
+
+    block = ResnetBlock(48, 48).to(DEVICE)
+    block.nin_shortcut = nn.AdaptiveAvgPool2d(1)
+    fused = optimize(copy.deepcopy(block), (FusedGroupNorm, FusedResnetBlock))
+    assert type(fused) is FusedResnetBlock
+    x = tensors((2, 48, 5, 7))[0].requires_grad_()
+    outputs = fused(x), block(x)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@kernels
 def test_transforms_of_an_optimized_network():
     from torch.func import grad, jvp
 

@@ -218,6 +218,23 @@ def test_a_closed_pipe_ends_quietly():
     assert (run.returncode, run.stderr) == (141, "")
 
 
+INTERRUPTED = """
+import sys
+from bitvae.cli import main
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "bitvae.launch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Finder())
+sys.exit(main(["info", "demo"]))
+"""
+
+
+def test_an_interrupt_while_modules_are_imported():
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (130, "bitvae: stopped\n")
+
+
 HELP = """
 import sys
 from bitvae.cli import main
