@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..bit_edits import chain_edits, edit_bits, TakeScales
 from ..bits import Bits, patch
-from ..images import bundled_photographs, held_out_photographs, ImageBytes, ImageError
+from ..images import bundled_photographs, from_uint8, held_out_photographs, ImageBytes, ImageError
 from ..images import load_image, open_lazy, to_image, to_uint8
 from ..metrics import psnr
 from ..quantizer import BitEdit
@@ -94,29 +94,17 @@ class EditSession:
 
     def quantize(self, edit: BitEdit | None = None) -> Bits:
         "Quantize the latent; later scales correct the edit."
-        return replace(self.tok.quantize(self.z, edit).to(self.x.device), image_size=tuple(self.x.shape[-2:]))
+        bits = self.tok.quantize(self.z, edit).to(self.x.device)
+        return replace(bits, image_size=tuple(self.x.shape[-2:]), tokenizer=self.tok.fingerprint)
 
-    def set_correct(self, correct: bool) -> None:
-        "Let later scales correct the edits, or leave them as they were."
-        if correct != self.state.correct:
-            self.push(self.state.edits, correct)
-
-    def undo(self) -> None:
-        "Remove the last edit, if there is one, whether or not later scales correct it."
-        n = len(self.state.edits)
-        while len(self.states) > 1 and len(self.state.edits) == n:
-            self.states.pop()
-
-    def reset(self) -> None:
-        "Return to the image's own bits."
-        del self.states[1:]
-
-    def image(self, k: int, state: SessionState | None = None) -> Tensor:
-        "Return the 8-bit reconstruction from the first k scales, (1, 3, H, W) in [-1, 1]; decoded once."
-        state = state or self.state
-        if k not in state.images:
-            state.images[k] = to_uint8(self.tok.decode(state.bits[:k]))
-        return state.images[k].float() / 127.5 - 1
+# %% ../../nbs/viewer/21_session.ipynb #6349f715
+@patch
+def image(self: EditSession, k: int, state: SessionState | None = None) -> Tensor:
+    "Return the 8-bit reconstruction from the first k scales, (1, 3, H, W) in [-1, 1]; decoded once."
+    state = state or self.state
+    if (levels := state.images.get(k)) is None:
+        levels = state.images[k] = to_uint8(self.tok.decode(state.bits[:k]))
+    return from_uint8(levels)
 
 # %% ../../nbs/viewer/21_session.ipynb #dfb054e1
 @patch
@@ -134,11 +122,32 @@ def apply(self: EditSession, edit: BitEdit, code: str | None = None) -> None:
     "Apply one more edit; `code` is its Python code, by default its repr."
     self.push((*self.state.edits, (edit, code or repr(edit))), self.state.correct)
 
+# %% ../../nbs/viewer/21_session.ipynb #3a56741a
+@patch
+def set_correct(self: EditSession, correct: bool) -> None:
+    "Let later scales correct the edits, or leave them as they were."
+    if correct != self.state.correct:
+        self.push(self.state.edits, correct)
+
 # %% ../../nbs/viewer/21_session.ipynb #0b37015e
 @patch
 def take_scales(self: EditSession, other: Tensor, scales: int, code: str = "other") -> None:
     "Replace the first scales by those of another image (1, 3, H, W); `code` is its Python code."
     self.apply(TakeScales(self.tok.encode(other), scales), f"TakeScales(tok.encode({code}), {scales})")
+
+# %% ../../nbs/viewer/21_session.ipynb #ab7d503c
+@patch
+def undo(self: EditSession) -> None:
+    "Remove the last edit, if there is one, whether or not later scales correct it."
+    n = len(self.state.edits)
+    while len(self.states) > 1 and len(self.state.edits) == n:
+        self.states.pop()
+
+
+@patch
+def reset(self: EditSession) -> None:
+    "Return to the image's own bits."
+    del self.states[1:]
 
 # %% ../../nbs/viewer/21_session.ipynb #e993ef96
 @patch
