@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDGET_ERRORS', 'WRAP', 'TOGGLES', 'JOBS', 'BUTTONS', 'CHART_STYLE', 'HEAT_STYLE', 'ViewerState', 'Panel',
            'paragraph', 'scale_name', 'Job', 'end_jobs', 'thumbnails', 'ScaleStrip', 'ImagesPanel', 'channel_options',
-           'draw_channels', 'EditsPanel', 'BitsPanel', 'scale_charts', 'ScalePanel', 'heat_map', 'SensitivityPanel',
-           'SavePanel', 'TourPanel']
+           'draw_channels', 'EditsPanel', 'BitsPanel', 'scale_charts', 'ScalePanel', 'heat_map', 'exclusively',
+           'SensitivityPanel', 'SavePanel', 'TourPanel']
 
 # %% ../../nbs/viewer/23_panels.ipynb #a3c164e2
 import atexit
@@ -30,7 +30,7 @@ from ..images import difference, error_map, to_image
 from ..plots import bit_stats_of, new_figure, plane_grid, PlaneGrid, planes_to_rgb, plot_channels
 from ..plots import plot_energy, residual_energy, Sensitivity, sensitivity
 from ..quantizer import BitEdit
-from .session import EditSession, FILES, ImageSource, load_limited, SessionState
+from .session import EditSession, FILES, ImageSource, load_limited, NETWORKS, SessionState
 from .widgets import CodeWidget, CompareWidget, DownloadButton, ImageWidget, StripWidget
 
 # %% ../../nbs/viewer/23_panels.ipynb #7a660dc3
@@ -228,7 +228,7 @@ class ImagesPanel(Panel):
             widget.max, widget.value = self.session.scales, self.k
         self.strip.refresh()
 
-# %% ../../nbs/viewer/23_panels.ipynb #e7ee8f0e
+# %% ../../nbs/viewer/23_panels.ipynb #bf65853b
 @patch
 def show_images(self: ImagesPanel) -> None:
     "Show original, reconstruction and map at k scales."
@@ -325,7 +325,7 @@ def refresh(self: EditsPanel) -> None:
     self.count.value = f"edits: {len(self.session.state.edits)}"
     self.buttons["undo"].disabled = self.buttons["reset"].disabled = len(self.session.states) == 1
 
-# %% ../../nbs/viewer/23_panels.ipynb #55bc2427
+# %% ../../nbs/viewer/23_panels.ipynb #0c7b437f
 @patch
 def apply(self: EditsPanel, edit: BitEdit, first: int) -> None:
     "Apply an edit whose first scale is `first`; tell the user if the slider hides it."
@@ -404,7 +404,7 @@ def click(self: BitsPanel, x: float, y: float) -> None:
     elif place := self.grid.bit_at(x, y):
         self.state.run(self.edits.apply, FlipBit(self.scale, *place), self.scale)
 
-# %% ../../nbs/viewer/23_panels.ipynb #08ebb034
+# %% ../../nbs/viewer/23_panels.ipynb #abecb4bd
 def scale_charts(bits: Bits, energy: Sequence[float]) -> str:  # SVG
     "Draw the channel statistics of the last scale of a prefix, and the values of `residual_energy`."
     fig, axes = new_figure(4.2, 3.6, 2)
@@ -478,6 +478,17 @@ def heat_map(result: Sensitivity) -> str:  # HTML
     legend = f"{math.exp(low):.2g}{bar}{math.exp(high):.2g} gray levels of 255 (root mean square)"
     return f"{HEAT_STYLE}<table class='bitvae-heat'>{rows}</table>{legend if len(known) else ''}"
 
+# %% ../../nbs/viewer/23_panels.ipynb #bb197f36
+def exclusively(steps: Iterable) -> Iterator:
+    "Compute each item of a generator while no other thread uses a network."
+    steps, end = iter(steps), object()
+    while True:
+        with NETWORKS:
+            step = next(steps, end)
+        if step is end:
+            return
+        yield step
+
 # %% ../../nbs/viewer/23_panels.ipynb #2f4088e0
 class SensitivityPanel(Panel):
     "Measure the sensitivity to each bit."
@@ -512,7 +523,7 @@ class SensitivityPanel(Panel):
         self.job.cancel()
         self.set_running(False)
 
-# %% ../../nbs/viewer/23_panels.ipynb #0307305c
+# %% ../../nbs/viewer/23_panels.ipynb #94320073
 @patch
 def start(self: SensitivityPanel) -> None:
     "Measure the current bits."
@@ -521,7 +532,7 @@ def start(self: SensitivityPanel) -> None:
     self.set_running(True)
     batch = max(1, min(session.bits.dim, 2**19 // session.x[0, 0].numel()))  # a row, where memory allows
     steps = sensitivity(session.tok, session.bits, self.samples.value, batch)
-    self.job.start(steps, self.show, lambda: self.set_running(False))
+    self.job.start(exclusively(steps), self.show, lambda: self.set_running(False))
 
 
 @patch
