@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'PAIRS', 'scale_names', 'count_ticks', 'add_colorbar', 'legend_outside', 'PlaneGrid', 'plane_grid',
-           'plot_bit_planes', 'planes_to_rgb', 'residual_energy', 'plot_energy', 'bit_stats_of', 'plot_channels',
-           'plot_scale', 'Sensitivity', 'sample_flips', 'sensitivity', 'plot_sensitivity', 'plot_progressive',
-           'plot_flips', 'plot_mix', 'plot_pyramid', 'plot_rate_distortion', 'plot_bit_stats', 'plot_quality',
-           'best_and_worst', 'plot_extremes', 'window_means', 'plot_entropies', 'plot_metrics', 'draw_sphere',
-           'plot_sphere', 'fit_codebook', 'draw_quantizer', 'plot_quantizers']
+           'plot_bit_planes', 'planes_to_rgb', 'residuals', 'residual_energy', 'plot_energy', 'bit_stats_of',
+           'plot_channels', 'plot_scale', 'Sensitivity', 'sample_flips', 'sensitivity', 'plot_sensitivity',
+           'plot_progressive', 'plot_flips', 'plot_mix', 'plot_pyramid', 'plot_rate_distortion', 'plot_bit_stats',
+           'draw_thumbnails', 'plot_quality', 'best_and_worst', 'readable_indices', 'plot_extremes', 'window_means',
+           'plot_entropies', 'metric_panels', 'plot_metrics', 'draw_sphere', 'plot_sphere', 'fit_codebook',
+           'draw_quantizer', 'plot_quantizers']
 
 # %% ../nbs/20_plots.ipynb #45c1547f
 import math
@@ -24,7 +25,7 @@ from .bit_edits import edit_bits, FlipBit, FlipFraction, TakeScales
 from .bits import Bits, patch
 from .data import Images
 from .evaluation import CODECS, codec_at_rate, final_row, HIGHER_IS_BETTER, METRIC_TITLES
-from .evaluation import protocol_rows, thumbnail_bits, use_schedule
+from .evaluation import metric_names, protocol_rows, thumbnail_bits, use_schedule
 from .images import difference, draw_image, error_map, new_figure, show_images, to_image
 from .metrics import count_bits, crop_image, describe_bit_stats, psnr
 from .protocols import Protocol
@@ -119,6 +120,16 @@ def bit_at(
     inside = 0 <= x < 1 and 0 <= y < 1 and row < self.h and column < self.w and n < len(self.channels)
     return (row, column, self.channels[n]) if inside else None
 
+# %% ../nbs/20_plots.ipynb #db025ace
+@patch
+def bit_centers(self: PlaneGrid) -> tuple[list[float], list[float]]:  # from the left, from the top, 0 to 1
+    "Return the positions of the columns and rows of bits in the image."
+    def centers(planes: int, bits: int, pitch: int, side: int) -> list[float]:
+        return [(i * pitch + (j + 0.5) * self.zoom) / side for i in range(planes) for j in range(bits)]
+
+    rows = centers(self.rows, self.h, self.pitch[0], self.size[0])
+    return centers(self.columns, self.w, self.pitch[1], self.size[1]), rows
+
 # %% ../nbs/20_plots.ipynb #04c0fa1d
 def plot_bit_planes(
     bits: Bits,
@@ -144,13 +155,17 @@ def planes_to_rgb(token_map: Tensor, channels: Sequence[int]) -> Tensor:
     return token_map[..., list(channels)].permute(2, 0, 1).float() * 2 - 1
 
 # %% ../nbs/20_plots.ipynb #e0392038
-def residual_energy(
+def residuals(
     z: Tensor,   # latent (1, d, h, w)
     bits: Bits,  # all scales or a prefix
-) -> list[float]:  # K + 1 values: before the first scale, after it, ..., after the last
-    "Return the mean squared norm of the residual's tokens."
-    sums = [torch.zeros_like(z), *prefix_latents(bits.to(z.device))]
-    return [(z - q).square().sum(1).mean().item() for q in sums]
+) -> list[Tensor]:  # K + 1 residuals, like z: before the first scale, after it, ..., after the last
+    "Return the latent minus the codes of no scale, the first, the first two, ..., all."
+    return [z, *(z - q for q in prefix_latents(bits.to(z.device)))]
+
+
+def residual_energy(z: Tensor, bits: Bits) -> list[float]:  # K + 1 values
+    "Return the mean squared norm of the tokens of `residuals`."
+    return [r.square().sum(1).mean().item() for r in residuals(z, bits)]
 
 # %% ../nbs/20_plots.ipynb #ddc0f7c6
 def plot_energy(ax, energy: Sequence[float], scale: int) -> None:
@@ -317,11 +332,12 @@ def plot_mix(
     tok: BitVAE,
     coarse: Tensor,  # (1, 3, H, W) in [-1, 1], gives the first scales
     fine: Tensor,    # the same size, gives the others
-    scales: Sequence[int] = (1, 3, 5, 7),  # numbers of scales to take
+    scales: Sequence[int] = (1, 3, 5, 7),  # numbers of scales to take; larger ones are left out
     width: float = 1.6,  # of one image, inches
 ):  # a matplotlib Figure
     "Plot reconstructions from the first scales of one image and the remaining scales of another."
     first, rest = tok.encode(coarse), tok.encode(fine)
+    scales = [k for k in scales if k <= len(rest)]
     mixed = [tok.decode(edit_bits(rest, TakeScales(first, k))) for k in scales]
     names = scale_names(rest.schedule)
     titles = ["first image", *(f"its scales to {names[k - 1]}" for k in scales), "second image"]
@@ -336,13 +352,13 @@ def plot_pyramid(
     width: float = 1.3,  # of one image, inches
 ):  # a matplotlib Figure: a column per scale
     "Plot bits, residual and reconstruction after each scale."
-    bits, z = tok.encode(x), tok.encode_latent(x)
+    bits = tok.encode(x)
     shown = [k - 1 for k in scales or range(1, len(bits) + 1)]
-    sums, longest = prefix_latents(bits), z.norm(dim=1).max()
+    norms = [r.norm(dim=1) for r in residuals(tok.encode_latent(x), bits)]
     maps = [planes_to_rgb(bits.planes[k][0], [c % bits.dim for c in range(3)]) for k in shown]
-    lengths = [((z - sums[k]).norm(dim=1) / longest * 2 - 1).expand(3, -1, -1) for k in shown]
+    lengths = [(norms[k + 1] / norms[0].max() * 2 - 1).expand(3, -1, -1) for k in shown]
     images = [tok.decode(bits[: k + 1])[0] for k in shown]
-    titles = [f"scale {k + 1}: {scale_names(bits.schedule)[k]}" for k in shown]
+    titles = [scale_names(bits.schedule)[k] for k in shown]
     fig = show_images([*maps, *lengths, *images], titles, columns=len(shown), width=width)
     for row, name in enumerate(("bits", "residual", "reconstruction")):
         fig.axes[row * len(shown)].set_ylabel(name, fontsize=8)
@@ -361,6 +377,7 @@ def plot_rate_distortion(
     x: Tensor,  # (1, 3, H, W) in [-1, 1]
 ):  # a matplotlib Figure
     "Plot PSNR against bytes for every number of scales, and for JPEG and WebP files of similar size."
+    x = x.cpu()  # where the codecs decode to
     bits, pixels = tok.encode(x), x[0, 0].numel()
     sizes = [len(bits[:k].to_bytes(compress=True)) for k in range(1, len(bits) + 1)]
     curves = {"bits": (sizes, [psnr(x, y)[0] for y in tok.decode_prefixes(bits)])}
@@ -407,32 +424,43 @@ def plot_bit_stats(
         count_ticks(axis)
     return fig
 
+# %% ../nbs/20_plots.ipynb #4081155b
+def draw_thumbnails(ax, rows: Mapping[str, dict], metric: str, pixels: float) -> None:
+    "Plot the thumbnails among the rows of a protocol, for images of so many pixels."
+    scores = {name: row[metric] for name, row in rows.items() if thumbnail_bits(name)}
+    rates = [thumbnail_bits(name) / pixels for name in scores]
+    marks = {"color": "0.45", "mfc": "white", "label": "thumbnails, 24 bits per pixel"}
+    if scores:
+        ax.plot(rates, list(scores.values()), "D", **marks)
+    for rate, (name, score) in zip(rates, scores.items(), strict=True):
+        text = "1x1" if thumbnail_bits(name) == 24 else name.split()[0]
+        offset = 0, -11 if metric in HIGHER_IS_BETTER else 5  # away from the curve
+        ax.annotate(text, (rate, score), offset, textcoords="offset points", ha="center", fontsize=7)
+
 # %% ../nbs/20_plots.ipynb #f89ebd28
 def plot_quality(
     results: dict,             # from `evaluate`
     metric: str = "psnr",      # or another one in the results
     label: str | None = None,  # see `protocol_rows`
 ):  # a matplotlib Figure
-    "Plot a metric against bits per pixel for each number of scales, for JPEG and WebP, and for thumbnails."
-    rows = {name: r for name, r in protocol_rows(results, label).items() if metric in r}
+    "Plot a metric against bits per pixel for the scales, JPEG, WebP and thumbnails; raises `ValueError`."
+    every = protocol_rows(results, label)
+    rows = {name: row for name, row in every.items() if metric in row}
+    if not rows:
+        raise ValueError(f"no metric {metric!r} in these results: one of {', '.join(metric_names(every))}")
     fig, ((ax,),) = new_figure(6.8, 3)
     for kind, (style, color, title) in CURVES.items():
         curve = [r for name, r in rows.items() if ("bits" if "bits" in r else name.split()[0]) == kind]
+        if not curve:
+            continue
+        curve.sort(key=lambda r: r["bits_per_pixel"])
         rates = [r["bits_per_pixel"] for r in curve]
         ax.plot(rates, [r[metric] for r in curve], style, color=color, label=title)
         if kind == "bits":
             intervals = [r["interval"].get(metric) or [r[metric]] * 2 for r in curve]
             options = {"label": "95 % interval", "color": "0.88", "lw": 0, "zorder": 0}
             ax.fill_between(rates, *zip(*intervals, strict=True), **options)
-    pixels = final_row(rows)["bits"] / final_row(rows)["bits_per_pixel"]
-    small = {name: r[metric] for name, r in rows.items() if thumbnail_bits(name)}
-    rates = [thumbnail_bits(name) / pixels for name in small]
-    marks = {"color": "0.45", "mfc": "white", "label": "thumbnails, 24 bits per pixel"}
-    ax.plot(rates, list(small.values()), "D", **marks)
-    for rate, (name, value) in zip(rates, small.items(), strict=True):
-        text = "1x1" if thumbnail_bits(name) == 24 else name.split()[0]
-        offset = 0, -11 if metric in HIGHER_IS_BETTER else 5  # away from the curve
-        ax.annotate(text, (rate, value), offset, textcoords="offset points", ha="center", fontsize=7)
+    draw_thumbnails(ax, rows, metric, final_row(rows)["bits"] / final_row(rows)["bits_per_pixel"])
     ax.set(xscale="log", xlabel="bits per pixel", ylabel=METRIC_TITLES.get(metric, metric))
     legend_outside(ax)
     return fig
@@ -443,6 +471,15 @@ def best_and_worst(values: Sequence[float], count: int, higher: bool) -> list[in
     order = torch.tensor(values).argsort(descending=higher).tolist()
     return order if len(order) <= 2 * count else order[:count] + order[-count:]
 
+# %% ../nbs/20_plots.ipynb #56e08642
+def readable_indices(files: Images, results: dict) -> Sequence[int]:
+    "Return the indices of the files that have scores; raises `ValueError` for other files."
+    left_out = results.get("unreadable", {})
+    kept = [i for i in range(len(files)) if not left_out or str(files[i]) not in left_out]
+    if len(kept) != (n := len(results["images"])):
+        raise ValueError(f"these are results of {n} images, not of {len(kept)}: pass the evaluated images")
+    return kept
+
 # %% ../nbs/20_plots.ipynb #29e2ea61
 def plot_extremes(
     tok: BitVAE,
@@ -452,14 +489,15 @@ def plot_extremes(
     count: int = 3,            # best images, and worst images
     width: float = 1.5,        # of one image, inches
 ):  # a matplotlib Figure: images, reconstructions, error maps
-    "Plot the best and worst images by the first per-image metric; raises `ValueError` without such a metric."
+    "Plot the best and worst images by the first metric per image; raises `ValueError` without one."
     scores = final_row(protocol_rows(results, label))["per_image"]
     if not scores:
         raise ValueError("these results have no per-image metric: evaluate with one, such as psnr")
     metric = next(iter(scores))
     p = Protocol(**results["protocols"][label or next(iter(results["protocols"]))]["protocol"])
     chosen = best_and_worst(scores[metric], count, metric in HIGHER_IS_BETTER)
-    xs = [crop_image(files[i], p) for i in chosen]
+    kept = readable_indices(files, results)
+    xs = [crop_image(files[kept[i]], p) for i in chosen]
     with use_schedule(tok, p.mode or tok.quantizer.mode):
         ys = [tok.decode(tok.encode(x), p.clamp) for x in xs]
     errors = [error_map(x, y) for x, y in zip(xs, ys, strict=True)]
@@ -496,21 +534,27 @@ def plot_entropies(ax, log: Sequence[Mapping], points: int = 50) -> None:
         add_colorbar(mappable, ax, ticks=ends).ax.set_yticklabels([scales[i] for i in ends])
     ax.set(title="entropy per bit, by scale", ylim=(0, 1.02))
 
-# %% ../nbs/20_plots.ipynb #0623d13e
+# %% ../nbs/20_plots.ipynb #48bd9f61
 PAIRS = {"logits": ("logits_real", "logits_fake"), "grad_norm": ("grad_norm", "grad_norm_discriminator")}
 
 
+def metric_panels(log: Sequence[Mapping]) -> dict[str, list[str]]:
+    "Return the titles of the panels and the names of their curves: all numbers but the times."
+    names = dict.fromkeys(name for line in log for name, v in line.items() if isinstance(v, float))
+    panels = {}
+    for name in names:
+        if name != "seconds":
+            title = next((title for title, pair in PAIRS.items() if name in pair), name)
+            panels.setdefault(title, []).append(name)
+    return panels
+
+# %% ../nbs/20_plots.ipynb #0623d13e
 def plot_metrics(
     log: Sequence[Mapping],  # from `read_metrics`
     points: int = 50,        # approximate points per curve
 ):  # a matplotlib Figure
     "Plot a curve for every logged value, and the entropy of the bits by scale."
-    floats = dict.fromkeys(name for line in log for name, v in line.items() if isinstance(v, float))
-    panels = {}  # title -> names of its curves
-    for name in floats:
-        if name != "seconds":
-            title = next((title for title, pair in PAIRS.items() if name in pair), name)
-            panels.setdefault(title, []).append(name)
+    panels = metric_panels(log)
     columns = min(4, len(panels) + 1)
     rows = math.ceil((len(panels) + 1) / columns)
     fig, axes = new_figure(2.4 * columns, 1.7 * rows, rows, columns)
@@ -541,7 +585,7 @@ def draw_sphere(ax, v: np.ndarray) -> None:
     ax.set(box_aspect=(1, 1, 1), xlim=(-0.7, 0.7), ylim=(-0.7, 0.7), zlim=(-0.7, 0.7))
     ax.set_axis_off()
 
-
+# %% ../nbs/20_plots.ipynb #097a304c
 def plot_sphere(
     v: Sequence[float] = (0.75, -0.3, 0.95),  # three numbers; drawn normalized
     width: float = 3.6,  # of the figure, inches
@@ -595,7 +639,7 @@ def draw_quantizer(ax, z: Tensor, quantize: Callable[[Tensor], Tensor]) -> None:
     ax.set(aspect="equal", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2), xticks=[], yticks=[])
     ax.spines[:].set(visible=True, color="0.6")
 
-
+# %% ../nbs/20_plots.ipynb #cd52722f
 def plot_quantizers(
     count: int = 120,    # latents
     width: float = 9.0,  # of the figure, inches

@@ -205,6 +205,19 @@ def choose_scales(page):
     expect(page.get_by_text("Fill(scales=(2,)")).to_be_visible()
 
 
+def click_while_loading(page):
+    "Clicks on an image that is being replaced flip no bit of the next one."
+    from playwright.sync_api import expect
+
+    planes, sizes = page.locator('img[alt^="bit planes"]'), page.get_by_label("resolution")
+    for size, scales in (("512", "13 of 13"), ("256", "10 of 10")):
+        sizes.select_option(size)
+        planes.click(position={"x": 5, "y": 5})
+        expect(page.get_by_text(f"{scales} scales (")).to_be_visible()
+    page.wait_for_timeout(500)
+    expect(page.get_by_text("edits: 0")).to_be_visible()
+
+
 def upload(page, tmp_path):
     from playwright.sync_api import expect
 
@@ -318,6 +331,7 @@ def test_as_a_page(page, tmp_path):
         compare(page)
         choose_scales(page)
         page.get_by_role("button", name="reset").click()
+        click_while_loading(page)
         use_viewer(page, tmp_path, "page")
     with running([*command, str(tmp_path / "maroon.png"), "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]

@@ -33,6 +33,7 @@ from ..bits import patch
 from ..checkpoints import RELEASED
 from ..images import difference, display_figure, error_map, ImageBytes, to_image
 from ..plots import draw_image, plane_grid
+from ..storage import is_remote
 from ..tokenizer import BitVAE
 from .session import EditSession, ImageSource, load_limited, png_bytes
 from .session import sample_photographs, side_by_side
@@ -56,14 +57,16 @@ class OpenSession(NamedTuple):
 
 # %% ../../nbs/viewer/24_app.ipynb #985338a1
 def open_session(source: ImageSource, tokenizer: str, size: int | None, previous=None) -> OpenSession:
-    "Load a tokenizer, unless `previous` holds it, and an image; raises what the two loaders do."
+    "Load a tokenizer, unless `previous` holds it, and an image; raises what loading and decoding do."
     if previous and tokenizer == previous.tokenizer:
         tok = previous.session.tok
     else:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tok = BitVAE.from_pretrained(tokenizer, device=device, optimize=True)
     code = f"BitVAE.from_pretrained({tokenizer!r})", source.code(size)
-    return OpenSession(source, tokenizer, size, EditSession(tok, load_limited(source.file, size), code))
+    session = EditSession(tok, load_limited(source.file, size), code)
+    session.image(session.scales)
+    return OpenSession(source, tokenizer, size, session)
 
 # %% ../../nbs/viewer/24_app.ipynb #8ea80229
 SIZES = {"128": 128, "256": 256, "512": 512, "1024": 1024, "full image": 0}
@@ -110,6 +113,8 @@ def show_current(self: SourcePanel, source: ImageSource, tokenizer: str, size: i
 def open_source(self: SourcePanel, source: ImageSource) -> None:
     "Open an image with the chosen tokenizer and resolution, or show what is wrong."
     wanted = source, self.tokenizer.value, self.size.value or None
+    if not self.tokenizer.value:  # cleared, for example to see the whole list
+        return self.show_current(*self.current)
     self.state.notify("loading ...")
     try:
         with self.state.report_errors():
@@ -215,7 +220,7 @@ class Viewer:
         self.state.refresh()
         self.state.notify(error)
 
-    session = property(lambda self: self.opened.session, doc="The open session.")
+    session = property(lambda self: self.opened and self.opened.session, doc="The open session, or None.")
     slider = property(lambda self: self.images.slider, doc="Selects the number of scales.")
     message = property(lambda self: self.state.text, doc="The error shown; empty if none.")
 
@@ -237,13 +242,14 @@ def wait(self: Viewer) -> None:
 # %% ../../nbs/viewer/24_app.ipynb #d9172d1a
 @patch
 def close(self: Viewer) -> None:
-    "Release the tokenizer and all widgets, which Jupyter would keep."
+    "Release the tokenizer and all widgets, which Jupyter would keep, with their layouts and styles."
     for job in self.jobs:
         job.cancel()
     self.wait()
-    widgets = [self.box]
+    widgets = [self.box, self.images.link]
     for widget in widgets:
         widgets += getattr(widget, "children", ())
+        widgets += [part for name in ("layout", "style") if (part := getattr(widget, name, None))]
         widget.unobserve_all()
         widget.close()
     self.state.panels, self.opened, self.state.session = [], None, None
@@ -251,6 +257,8 @@ def close(self: Viewer) -> None:
 # %% ../../nbs/viewer/24_app.ipynb #2348752e
 @patch
 def _repr_mimebundle_(self: Viewer, **kwargs) -> dict:
+    if self.session is None:
+        return {"text/plain": "a closed viewer: call view() for another"}
     shown = self.images.compare
     images = [Image.open(io.BytesIO(png)) for png in (shown.original, shown.reconstruction, shown.map)]
     still = side_by_side(images)
@@ -275,7 +283,8 @@ def view(
 # %% ../../nbs/viewer/24_app.ipynb #14f22dc3
 def page_notebook(image: str | os.PathLike | None, tokenizer: str, size: int | None) -> dict:
     "Return a notebook that shows the viewer and accepts no paths."
-    image = image and os.path.realpath(os.path.expanduser(image))
+    if image and not is_remote(image):
+        image = os.path.realpath(os.path.expanduser(image))
     if tokenizer != "demo" and Path(tokenizer).exists():
         tokenizer = str(Path(tokenizer).resolve())
     source = f"from bitvae.viewer import view\nview({image!r}, {tokenizer!r}, {size!r}, paths=False)"
@@ -306,13 +315,14 @@ def announce(server: subprocess.Popen, token: str, browser: bool, folder: Path) 
     "Print the address, then wait for the server or a signal; raises `OSError` with the end of its log."
     def interrupt(number: int, frame: object) -> None: raise KeyboardInterrupt
 
-    handler, tail = None, deque(maxlen=12)
+    handler, address, tail = None, "", deque(maxlen=12)
     try:
         if threading.current_thread() is threading.main_thread():
             handler = signal.signal(signal.SIGTERM, interrupt)
         for line in server.stderr:
             tail.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:(\d+)/", line):
+            found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+            if found and not address:
                 address = f"http://127.0.0.1:{found[1]}/?token={token}"
                 print(address, "(press Ctrl+C to stop)", flush=True)
                 if browser:
@@ -324,7 +334,7 @@ def announce(server: subprocess.Popen, token: str, browser: bool, folder: Path) 
     except KeyboardInterrupt:
         pass
     finally:
-        if handler:
+        if handler is not None:  # SIG_DFL is 0
             signal.signal(signal.SIGTERM, handler)
         server.terminate()
         server.wait()

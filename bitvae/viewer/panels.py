@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDGET_ERRORS', 'WRAP', 'TOGGLES', 'JOBS', 'BUTTONS', 'CHART_STYLE', 'HEAT_STYLE', 'ViewerState', 'Panel',
            'paragraph', 'scale_name', 'Job', 'end_jobs', 'thumbnails', 'ScaleStrip', 'ImagesPanel', 'channel_options',
-           'draw_channels', 'EditsPanel', 'BitsPanel', 'ScalePanel', 'heat_map', 'SensitivityPanel', 'SavePanel',
-           'TourPanel']
+           'draw_channels', 'EditsPanel', 'BitsPanel', 'scale_charts', 'ScalePanel', 'heat_map', 'exclusively',
+           'SensitivityPanel', 'SavePanel', 'TourPanel']
 
 # %% ../../nbs/viewer/23_panels.ipynb #a3c164e2
 import atexit
@@ -25,11 +25,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..bit_edits import Fill, FlipBit, FlipFraction
-from ..bits import patch
+from ..bits import Bits, patch
 from ..images import difference, error_map, to_image
 from ..plots import bit_stats_of, new_figure, plane_grid, PlaneGrid, planes_to_rgb, plot_channels
 from ..plots import plot_energy, residual_energy, Sensitivity, sensitivity
-from .session import EditSession, FILES, ImageSource, load_limited, SessionState
+from ..quantizer import BitEdit
+from .session import EditSession, FILES, ImageSource, load_limited, NETWORKS, SessionState
 from .widgets import CodeWidget, CompareWidget, DownloadButton, ImageWidget, StripWidget
 
 # %% ../../nbs/viewer/23_panels.ipynb #7a660dc3
@@ -50,11 +51,14 @@ class ViewerState:
 
     @contextmanager
     def report_errors(self) -> Iterator[None]:
-        "Turn expected errors into a message."
+        "Turn errors into a message; raise unexpected ones again."
         try:
             yield
         except WIDGET_ERRORS as e:
             self.notify(str(e) or type(e).__name__)
+        except Exception as e:
+            self.notify(f"unexpected error, {e!r}: please report it")
+            raise
 
     def run(self, action: Callable, *arguments) -> None:
         "Run an action, then refresh the panels."
@@ -123,17 +127,18 @@ class Job:
             previous.join()
         error = None
         try:
-            for step in steps:
+            for step in () if stop.is_set() else steps:
                 with self.lock:
                     if stop.is_set():
                         return
                     show(step)
-        except WIDGET_ERRORS as e:
-            error = str(e) or type(e).__name__
-        with self.lock:
+        except Exception as e:
+            error = e
+        with self.lock, self.state.report_errors():
             if not stop.is_set():
                 done()
-                self.state.notify(error or self.state.text)
+                if error:
+                    raise error
 
     def cancel(self) -> None:
         "Show no more items; the thread ends after the current one."
@@ -211,23 +216,29 @@ class ImagesPanel(Panel):
         self.slider.observe(lambda change: state.select(change.new), "value")
         self.play.observe(lambda change: self.play.playing and state.select(change.new), "value")
         self.kind.observe(lambda change: state.run(lambda: None), "value")
-        W.jsdlink((self.layout, "index"), (self.compare, "swipe"))
+        self.link = W.jsdlink((self.layout, "index"), (self.compare, "swipe"))
         row = W.HBox([self.play, self.slider, self.layout, self.kind], layout=WRAP)
         self.box = W.VBox([row, self.description, self.compare, self.strip.box])
 
     def refresh(self) -> None:
-        "Show the images at k scales, then the strip."
-        session, k, y = self.session, self.k, self.session.image(self.k)
-        reference = session.image(k, session.states[0]) if self.kind.index else session.x
-        images = session.x, y, error_map(reference.cpu(), y.cpu())
-        captions = ["original", f"reconstruction ({k} of {session.scales} scales)"]
-        captions.append(f"{self.kind.value} (white: 64 gray levels)")
-        alts = "the original", f"reconstruction from {k} scales", f"map of the {self.kind.value}"
-        self.compare.show([to_image(image) for image in images], captions, alts)
-        self.description.value = paragraph(html.escape(session.describe(k)))
+        "Show k scales, then the strip."
+        self.show_images()
+        self.description.value = paragraph(html.escape(self.session.describe(self.k)))
         for widget in (self.slider, self.play):
-            widget.max, widget.value = session.scales, k
+            widget.max, widget.value = self.session.scales, self.k
         self.strip.refresh()
+
+# %% ../../nbs/viewer/23_panels.ipynb #bf65853b
+@patch
+def show_images(self: ImagesPanel) -> None:
+    "Show original, reconstruction and map at k scales."
+    session, k, y = self.session, self.k, self.session.image(self.k)
+    reference = session.image(k, session.states[0]) if self.kind.index else session.x
+    images = session.x, y, error_map(reference.cpu(), y.cpu())
+    captions = ["original", f"reconstruction ({k} of {session.scales} scales)"]
+    captions.append(f"{self.kind.value} (white: 64 gray levels)")
+    alts = "the original", f"reconstruction from {k} scales", f"map of the {self.kind.value}"
+    self.compare.show([to_image(image) for image in images], captions, alts)
 
 # %% ../../nbs/viewer/23_panels.ipynb #3cb20f27
 def channel_options(dim: int) -> tuple[tuple[str, object], ...]:
@@ -307,12 +318,20 @@ def refresh(self: EditsPanel) -> None:
     scales = tuple((scale_name(bits.schedule, i), i) for i in range(len(bits)))
     if self.scales.options != scales:
         self.scales.rows, self.scales.options, self.scales.value, self.last_k = len(scales), scales, (), None
-        self.first.max, self.first.value = len(scales), len(scales) // 2
+        self.first.max, self.first.value = len(scales), max(1, len(scales) // 2)
     if self.last_k != self.k and len(self.scales.value) < 2:
         self.scales.value = (self.k - 1,)
     self.last_k, self.correct.value = self.k, self.session.state.correct
     self.count.value = f"edits: {len(self.session.state.edits)}"
     self.buttons["undo"].disabled = self.buttons["reset"].disabled = len(self.session.states) == 1
+
+# %% ../../nbs/viewer/23_panels.ipynb #0c7b437f
+@patch
+def apply(self: EditsPanel, edit: BitEdit, first: int) -> None:
+    "Apply an edit whose first scale is `first`; tell the user if the slider hides it."
+    self.session.apply(edit)
+    if first >= self.k:
+        self.state.notify(f"not visible yet: the slider shows scales 0 to {self.k - 1}, move it to the right")
 
 # %% ../../nbs/viewer/23_panels.ipynb #140677ad
 @patch
@@ -321,9 +340,7 @@ def edit(self: EditsPanel, kind: Callable, *arguments) -> None:
     if not self.scales.value:
         raise ValueError("choose the scales to edit: several with Shift or Ctrl")
     channel = self.channel.value if isinstance(self.channel.value, int) else None
-    self.session.apply(kind(tuple(self.scales.value), *arguments, channel))
-    if min(self.scales.value) >= self.k:
-        self.state.notify(f"not visible yet: the slider shows scales 0 to {self.k - 1}, move it to the right")
+    self.apply(kind(tuple(self.scales.value), *arguments, channel), min(self.scales.value))
 
 # %% ../../nbs/viewer/23_panels.ipynb #513f67cb
 @patch
@@ -343,7 +360,7 @@ class BitsPanel(Panel):
         "See `EditsPanel`."
         super().__init__(state)
         self.edits, self.planes = EditsPanel(state, others, size), ImageWidget(width=720)
-        self.title, self.python = W.HTML(), CodeWidget()
+        self.title, self.python, self.drawn = W.HTML(), CodeWidget(), None
         self.planes.on_click(self.click)
         self.edits.scales.observe(lambda change: self.draw_planes(), "value")
         first = W.VBox([self.title, self.planes], layout={"flex": "1 1 260px", "max_width": "720px"})
@@ -368,11 +385,15 @@ class BitsPanel(Panel):
 @patch
 def draw_planes(self: BitsPanel) -> None:
     "Show the planes of one scale."
-    schedule, (h, w) = self.session.bits.schedule, self.session.bits.schedule[self.scale]
-    self.title.value = f"<b>bits of {scale_name(schedule, self.scale)}</b>"
-    image, self.grid = draw_channels(self.session.bits.planes[self.scale][0], self.edits.channel.value)
-    self.planes.step = [1 / (self.grid.columns * w), 1 / (self.grid.rows * h)]
-    self.planes.show(image, f"bit planes of scale {self.scale}")
+    scale, channel, bits = self.scale, self.edits.channel.value, self.session.bits
+    self.title.value = f"<b>bits of {scale_name(bits.schedule, scale)}</b>"
+    image, self.grid = draw_channels(bits.planes[scale][0], channel)
+    drawn = self.session.states[0], scale, channel
+    with self.planes.hold_sync():
+        self.planes.version += drawn != self.drawn
+        self.planes.stops = list(self.grid.bit_centers())
+        self.planes.show(image, f"bit planes of scale {scale}")
+    self.drawn = drawn
 
 
 @patch
@@ -381,7 +402,18 @@ def click(self: BitsPanel, x: float, y: float) -> None:
     if isinstance(self.edits.channel.value, tuple):
         self.state.notify("colors show three channels at once: choose all or one channel to flip bits")
     elif place := self.grid.bit_at(x, y):
-        self.state.run(self.session.apply, FlipBit(self.scale, *place))
+        self.state.run(self.edits.apply, FlipBit(self.scale, *place), self.scale)
+
+# %% ../../nbs/viewer/23_panels.ipynb #abecb4bd
+def scale_charts(bits: Bits, energy: Sequence[float]) -> str:  # SVG
+    "Draw the channel statistics of the last scale of a prefix, and the values of `residual_energy`."
+    fig, axes = new_figure(4.2, 3.6, 2)
+    plot_channels(axes[0, 0], bit_stats_of(bits)[-1])
+    plot_energy(axes[1, 0], energy, len(bits) - 1)
+    axes[0, 0].set_ylabel("fraction, bits")
+    axes[1, 0].set(xlabel="scales used", ylabel="energy")
+    fig.savefig(svg := io.StringIO(), format="svg")
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
 
 # %% ../../nbs/viewer/23_panels.ipynb #cbc50594
 CHART_STYLE = """<style>.bitvae-charts svg { width: 100%; height: auto }
@@ -410,14 +442,8 @@ class ScalePanel(Panel):
         self.title.value = f"<b>what {name} adds</b>"
         self.difference.show(to_image(difference(before, after)), f"what {name} adds")
         energy = residual_energy(session.z, session.bits)
-        fig, axes = new_figure(4.2, 3.6, 2)
-        plot_channels(axes[0, 0], bit_stats_of(session.bits[:k])[-1])
-        plot_energy(axes[1, 0], energy, k - 1)
-        axes[0, 0].set_ylabel("fraction, bits")
-        axes[1, 0].set(xlabel="scales used", ylabel="energy")
-        fig.savefig(svg := io.StringIO(), format="svg")
         text = f"<br>residual energy: {energy[k - 1]:.3g} before {name}, {energy[k]:.3g} after"
-        chart = svg.getvalue()[svg.getvalue().index("<svg") :]
+        chart = scale_charts(session.bits[:k], energy)
         self.charts.value = f"{CHART_STYLE}<div class=bitvae-charts>{chart}{text}</div>"
 
 # %% ../../nbs/viewer/23_panels.ipynb #70952397
@@ -452,6 +478,17 @@ def heat_map(result: Sensitivity) -> str:  # HTML
     legend = f"{math.exp(low):.2g}{bar}{math.exp(high):.2g} gray levels of 255 (root mean square)"
     return f"{HEAT_STYLE}<table class='bitvae-heat'>{rows}</table>{legend if len(known) else ''}"
 
+# %% ../../nbs/viewer/23_panels.ipynb #bb197f36
+def exclusively(steps: Iterable) -> Iterator:
+    "Compute each item of a generator while no other thread uses a network."
+    steps, end = iter(steps), object()
+    while True:
+        with NETWORKS:
+            step = next(steps, end)
+        if step is end:
+            return
+        yield step
+
 # %% ../../nbs/viewer/23_panels.ipynb #2f4088e0
 class SensitivityPanel(Panel):
     "Measure the sensitivity to each bit."
@@ -477,20 +514,6 @@ class SensitivityPanel(Panel):
             self.end()
             self.map.value, self.measured, self.progress.value = "", None, 0
 
-    def start(self) -> None:
-        "Measure the current bits."
-        session = self.session
-        self.map.value, self.measured, self.progress.value = "", session.state, 0
-        self.set_running(True)
-        batch = max(1, min(session.bits.dim, 2**19 // session.x[0, 0].numel()))  # a row, where memory allows
-        steps = sensitivity(session.tok, session.bits, self.samples.value, batch)
-        self.job.start(steps, self.show, lambda: self.set_running(False))
-
-    def show(self, result: Sensitivity) -> None:
-        "Show a partial result."
-        self.result, self.map.value = result, heat_map(result)
-        self.progress.max, self.progress.value = result.total, result.tried
-
     def set_running(self, running: bool) -> None:
         "Enable one of the two buttons."
         self.measure.disabled, self.cancel.disabled = running, not running
@@ -499,6 +522,24 @@ class SensitivityPanel(Panel):
         "Stop measuring and keep the partial result."
         self.job.cancel()
         self.set_running(False)
+
+# %% ../../nbs/viewer/23_panels.ipynb #94320073
+@patch
+def start(self: SensitivityPanel) -> None:
+    "Measure the current bits."
+    session = self.session
+    self.map.value, self.measured, self.progress.value = "", session.state, 0
+    self.set_running(True)
+    batch = max(1, min(session.bits.dim, 2**19 // session.x[0, 0].numel()))  # a row, where memory allows
+    steps = sensitivity(session.tok, session.bits, self.samples.value, batch)
+    self.job.start(exclusively(steps), self.show, lambda: self.set_running(False))
+
+
+@patch
+def show(self: SensitivityPanel, result: Sensitivity) -> None:
+    "Show a partial result."
+    self.result, self.map.value = result, heat_map(result)
+    self.progress.max, self.progress.value = result.total, result.tried
 
 # %% ../../nbs/viewer/23_panels.ipynb #96ee9bea
 class SavePanel(Panel):
@@ -515,6 +556,7 @@ class SavePanel(Panel):
 
     def make(self, file: str) -> tuple[str, bytes] | None:
         "Return the name and the content of a file."
+        self.state.notify("")
         with self.state.report_errors():
             return f"{Path(self.name()).stem}-{file}", self.session.file_bytes(file, self.k)
 
@@ -534,10 +576,19 @@ class TourPanel(Panel):
         self.box = W.VBox([W.HBox([W.HTML("<b>Tour</b>"), *self.buttons], layout=WRAP), self.text])
 
     def start(self, step: Callable) -> None:
-        "Remove all edits, run a step, and explain it."
+        "Stop playing, and run a step on the unedited image."
         self.images.play.playing, self.images.kind.index = False, 0
+        self.state.run(self.run_unedited, step)
+
+    def run_unedited(self, step: Callable) -> None:
+        "Remove all edits and run a step; if it raises, restore them."
+        states = list(self.session.states)
         self.session.reset()
-        self.state.run(step)
+        try:
+            step()
+        except Exception:
+            self.session.states[:] = states
+            raise
 
     def explain(self, text: str, play: bool = False) -> None:
         "Show a text for the current bits, and play the scales or show all of them."
@@ -565,13 +616,14 @@ def coarse_to_fine(self: TourPanel) -> None:
 @patch
 def flip(self: TourPanel) -> None:
     "Flip 20 % of the bits of the first scales; later scales correct it."
-    session, n = self.session, self.session.scales
-    session.apply(FlipFraction(tuple(range(n // 2)), 0.2))
-    damaged = session.psnr_of(n)
+    session, K = self.session, self.session.scales
+    n = max(1, K // 2)
+    session.apply(FlipFraction(tuple(range(n)), 0.2))
+    damaged = session.psnr_of(K)
     session.set_correct(True)
-    corrected, unedited = session.psnr_of(n), session.psnr_of(n, session.states[0])
+    corrected, unedited = session.psnr_of(K), session.psnr_of(K, session.states[0])
     self.explain(
-        f"One in five bits of scales 0 to {n // 2 - 1} is flipped, and the later scales correct it: the last "
+        f"One in five bits of scales 0 to {n - 1} is flipped, and the later scales correct it: the last "
         f"image has {corrected:.1f} dB, without flips {unedited:.1f} dB, and {damaged:.1f} dB if the later "
         "scales stay as they were. Untick “later scales correct the edits” in “edit bits” to see that.",
         play=True,
@@ -581,7 +633,8 @@ def flip(self: TourPanel) -> None:
 @patch
 def mix(self: TourPanel) -> None:
     "Take the first half of the scales from another image."
-    self.edits.first.value = n = self.session.scales // 2
+    self.edits.refresh()  # its tab may be hidden, and its choices those of another image
+    self.edits.first.value = n = max(1, self.session.scales // 2)
     self.edits.take()
     name = html.escape(self.edits.other.value.name)
     self.explain(

@@ -15,27 +15,39 @@ from PIL import Image
 
 from .session import png_bytes
 
-# %% ../../nbs/viewer/22_widgets.ipynb #f15dc1c8
+# %% ../../nbs/viewer/22_widgets.ipynb #90a5941b
 IMAGE_JS = """
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+function stopAt(stops, v, way) {  // the stop nearest to v, the one before it, or the one after it
+  let i = 0;
+  stops.forEach((s, j) => { if (Math.abs(s - v) < Math.abs(stops[i] - v)) i = j; });
+  return stops[Math.min(stops.length - 1, Math.max(0, i + way))];
+}
+"""
+
+# %% ../../nbs/viewer/22_widgets.ipynb #f15dc1c8
+IMAGE_JS += """
 function render({ model, el }) {
   const [box, img, mark] = ["div", "img", "div"].map((tag) => document.createElement(tag));
   box.className = "bitvae-image"; mark.className = "bitvae-mark"; mark.hidden = true;
   box.append(img, mark); el.append(box);
   let at = [0.5, 0.5];
   const show = () => {
-    const old = img.src;
+    URL.revokeObjectURL(img.src);
     img.src = URL.createObjectURL(new Blob([model.get("value")], { type: "image/png" }));
-    img.onload = () => {
-      URL.revokeObjectURL(old);
-      img.classList.toggle("bitvae-pixels", img.naturalWidth < img.width);
-    };
+    img.onload = () => img.classList.toggle("bitvae-pixels", img.naturalWidth < img.width);
     img.alt = model.get("alt");
     box.style.maxWidth = model.get("width") + "px";
     img.classList.toggle("bitvae-interactive", model.get("interactive"));
     box.tabIndex = model.get("interactive") ? 0 : -1;
   };
-  const click = () => { if (model.get("interactive")) model.send({ x: at[0], y: at[1], alt: img.alt }); };
+  const click = () => {
+    if (model.get("interactive")) model.send({ x: at[0], y: at[1], version: model.get("version") });
+  };
+  const move = (arrow) => {
+    at = at.map((v, i) => stopAt(model.get("stops")[i], v, arrow[i]));
+    mark.style.left = 100 * at[0] + "%"; mark.style.top = 100 * at[1] + "%"; mark.hidden = false;
+  };
   img.addEventListener("click", (e) => {
     const r = img.getBoundingClientRect();
     at = [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height];
@@ -43,11 +55,8 @@ function render({ model, el }) {
     click();
   });
   box.addEventListener("keydown", (e) => {
-    const arrow = ARROWS[e.key], step = model.get("step");
-    if (arrow) {
-      at = at.map((v, i) => Math.min(0.9999, Math.max(0, v + arrow[i] * step[i])));
-      mark.style.left = 100 * at[0] + "%"; mark.style.top = 100 * at[1] + "%"; mark.hidden = false;
-    } else if (e.key === "Enter" || e.key === " ") click();
+    if (ARROWS[e.key]) move(ARROWS[e.key]);
+    else if (e.key === "Enter" || e.key === " ") { move([0, 0]); click(); }
     else return;
     e.preventDefault(); e.stopPropagation();
   });
@@ -75,7 +84,8 @@ class ImageWidget(anywidget.AnyWidget):
     alt = traitlets.Unicode("").tag(sync=True)                # description
     width = traitlets.Int(256).tag(sync=True)                 # in the page, pixels at most
     interactive = traitlets.Bool(False).tag(sync=True)        # takes clicks; set by `on_click`
-    step = traitlets.List([0.05, 0.05]).tag(sync=True)        # of the arrow keys, fractions of the sides
+    stops = traitlets.List([[0.5], [0.5]]).tag(sync=True)     # of the mark, from the left and from the top
+    version = traitlets.Int(0).tag(sync=True)                 # of what a position means
 
     def show(self, image: Image.Image, alt: str | None = None) -> None:
         "Show an image; send it to the browser only if it differs."
@@ -88,9 +98,9 @@ class ImageWidget(anywidget.AnyWidget):
         self.click, self.interactive = callback, True
         self.on_msg(lambda widget, content, buffers: self.receive(**content))
 
-    def receive(self, x: float, y: float, alt: str) -> None:
-        "Handle a click in the browser, unless its image has been replaced."
-        if alt == self.alt:
+    def receive(self, x: float, y: float, version: int) -> None:
+        "Handle a click in the browser, unless it was made on another version."
+        if version == self.version:
             self.click(float(x), float(y))
 
 # %% ../../nbs/viewer/22_widgets.ipynb #9c91a431
@@ -165,11 +175,11 @@ function show(model, root, figures, place) {
   root.classList.toggle("bitvae-swipe", model.get("swipe"));
   for (const [i, { name, caption, img }] of figures.entries()) {
     caption.textContent = model.get("captions")[i]; img.alt = model.get("alts")[i];
-    const value = model.get(name), old = img.src;
+    const value = model.get(name);
     if (img.value === value) continue;
+    URL.revokeObjectURL(img.src);
     img.value = value; img.src = URL.createObjectURL(new Blob([value], { type: "image/png" }));
     img.onload = () => {
-      URL.revokeObjectURL(old);
       root.style.setProperty("--ratio", img.naturalWidth / img.naturalHeight);
       place();
     };
