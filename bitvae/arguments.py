@@ -23,7 +23,7 @@ HELP = {  # texts that several commands share
     "labels": "file with one class number per line, in the order of file names",
 }
 
-
+# %% ../nbs/14_arguments.ipynb #27f52176
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     "Add the arguments of an evaluation to a parser."
     parser.formatter_class = HelpFormatter

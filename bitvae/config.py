@@ -61,7 +61,7 @@ def group_count(channels: int) -> int:
             return groups
     raise ValueError(f"group_norm needs a multiple of 32 or of 24 channels, got {channels}")
 
-
+# %% ../nbs/04_config.ipynb #339d1dcb
 def halvings(stride: int, levels: int) -> int:
     "Return log2 of the stride; raise `ValueError` unless it is a power of two below 2**levels."
     if stride < 1 or stride & (stride - 1) or stride >= 2**levels:
@@ -103,14 +103,14 @@ DECODERS = {  # as records name them
                     "resizer": "torch, bicubic, antialiased, uint8"},
 }  # fmt: skip
 
-
+# %% ../nbs/04_config.ipynb #39488a66
 def check_perceptual(name: str) -> None:
     "Raise `ValueError` for a name that `perceptual_distance` does not know."
     if name not in ("lpips", "efficientnet", "none") and not name.startswith("lpips:"):
         known = "'lpips', 'lpips:FILE' with torchvision's VGG-16 weights, 'efficientnet' or 'none'"
         raise ValueError(f"perceptual must be {known}, got {name!r}")
 
-
+# %% ../nbs/04_config.ipynb #3089e7ec
 def as_tuple(v: int | Sequence[int]) -> tuple[int, ...]:
     "Return one or several integers as a tuple."
     return (v,) if isinstance(v, int) else tuple(v)

@@ -79,7 +79,7 @@ def is_label(text: str) -> bool:
     "Tell whether a text is the number of a class, which fits into 64 bits."
     return text.isdecimal() and int(text) < 2**63
 
-
+# %% ../nbs/08_data.ipynb #7c30e5f7
 def read_list(
     file: str | os.PathLike,  # text, one image per line; empty lines are skipped
 ) -> ImageFiles:
@@ -187,7 +187,7 @@ Source = str | os.PathLike | Sequence[str | os.PathLike]
 SHARD_NAME = re.compile(r".*\.(tar|tar\.\w+|tgz|tbz2?|txz|parquet)", re.I)
 SHARDS_ALONE = "only training and tokenizing read these, and without other sources beside them; unpack it"
 
-
+# %% ../nbs/08_data.ipynb #c931979b
 def image_files(
     source: Source,  # folder, list (.txt), image, "bundled", "held-out", or a sequence of these
 ) -> ImageFiles:
@@ -468,7 +468,7 @@ def is_web(url: str) -> bool:
     "Return whether a web server or a command provides a shard: `webdataset` reads it."
     return url.startswith(("http:", "https:", "pipe:"))
 
-
+# %% ../nbs/08_data.ipynb #9bda96ce
 class Shards:
     "Images in tar or Parquet files, read as a stream; raises `FileNotFoundError` or `ImportError`."
 
@@ -630,7 +630,7 @@ def image_column(schema) -> str:  # of a `pyarrow.Schema`
         raise DataError(f"no column holds bytes of images, only {', '.join(schema.names)}")
     return columns[0]
 
-
+# %% ../nbs/08_data.ipynb #4efea31a
 def parquet_images(url: str) -> Iterator[ShardImage]:
     "Yield the images of a Parquet file; raise `DataError` for damage, `ImportError` without pyarrow."
     try:
@@ -656,7 +656,7 @@ def parquet_images(url: str) -> Iterator[ShardImage]:
     except ArrowException as e:
         raise DataError(f"{url} is no readable shard, or cut short ({e}): download it again") from e
 
-
+# %% ../nbs/08_data.ipynb #18cc19e2
 def shard_images(url: str) -> Iterator[ShardImage]:
     "Yield the images of a tar or Parquet file; raise `DataError` for damage."
     return (parquet_images if url.lower().endswith(".parquet") else tar_images)(url)

@@ -34,7 +34,7 @@ ONE = 1 << 16     # 1.0 in fixed point
 TABLE_STEPS = 64  # table entries per unit of the logit
 MAX_LOGIT = 4     # larger logits are clipped, so a bit costs at least 0.026 bits
 
-
+# %% ../nbs/17_entropy_coding.ipynb #535ca1e9
 @cache
 def sigmoid_table() -> np.ndarray:
     "Return the sigmoid at (i + 1/2) / TABLE_STEPS from -MAX_LOGIT to MAX_LOGIT, in fixed point."

@@ -284,7 +284,7 @@ def budget_schedules(tok: BitVAE, budget: str) -> dict[Size, Schedule]:
                          f"sizes of {budget}: choose another mode or budget")
     return schedules
 
-
+# %% ../nbs/14_evaluation.ipynb #12ffc644
 def rate_per_image(job: EvalJob, row: Reconstruction) -> Reconstruction:
     "Describe a row of images of several sizes by a square image, and keep the rate of each image."
     if "scales" not in row.info:
@@ -685,14 +685,14 @@ HIGHER_IS_BETTER = (
 METRIC_TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "fid": "FID", "kid": "KID",
                  "lpips_alex": "LPIPS (AlexNet)", "lpips_vgg": "LPIPS (VGG)"}  # fmt: skip
 
-
+# %% ../nbs/14_evaluation.ipynb #98d4be6b
 def thumbnail_bits(name: str) -> int | None:
     "Return the bits of a thumbnail without compression, 24 per pixel, from its row's name; None for others."
     if name == "mean colour":
         return 24
     return 24 * int(name.split("x")[0]) ** 2 if name.endswith(" thumbnail") else None
 
-
+# %% ../nbs/14_evaluation.ipynb #6c3fd2a6
 def merge_equal_files(rows: Mapping[str, dict]) -> dict[str, dict]:
     "Merge rows of a codec with the same files: no JPEG file of a small image reaches a low rate."
     names = {}
@@ -719,7 +719,7 @@ def results_cells(results: dict, label: str | None = None) -> list[list[str]]:
         table.append([shown, scale, f"{bits:,}" if bits else "", f"{rate:.4f}" if rate else "", *values])
     return table
 
-
+# %% ../nbs/14_evaluation.ipynb #a58c9b0a
 def results_table(results: dict, label: str | None = None) -> str:
     "Format the means of a protocol (see `protocol_rows`) as text."
     header, *rows = results_cells(results, label)

@@ -64,7 +64,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False,
 }  # fmt: skip
 
-
+# %% ../nbs/00_images.ipynb #29b0b86f
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     "Return a matplotlib Figure (inches) and an array (rows, columns) of axes; options of `Figure.subplots`."
     import matplotlib
@@ -103,7 +103,7 @@ def compress_figure(
                 return out.getvalue(), kind
     return out.getvalue(), kind
 
-
+# %% ../nbs/00_images.ipynb #a825f6a8
 def display_figure(fig) -> None:
     "Show a figure in a notebook, sharp on screens with two pixels per dot."
     from IPython.display import Image as Picture
@@ -195,7 +195,7 @@ TRANSPOSITIONS = dict(enumerate((  # by EXIF orientation
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90), start=2))  # fmt: skip
 
-
+# %% ../nbs/00_images.ipynb #46f13529
 def exif_transposition(image: Image.Image) -> Image.Transpose | None:
     "Return the transposition that makes an image upright, None if it is upright or its EXIF data is damaged."
     try:
@@ -352,7 +352,7 @@ def resize_pixels(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     x = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
     return F.interpolate(x, size=(height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
-
+# %% ../nbs/00_images.ipynb #67f895da
 def center_crop_pixels(pixels: np.ndarray, size: int) -> np.ndarray:  # (size, size, 3)
     "Resize the short side to `size` and crop the center square, as `center_crop` does."
     if size**2 * max(pixels.shape[:2]) > MAX_RESIZED_PIXELS * min(pixels.shape[:2]):
@@ -401,7 +401,7 @@ HELD_OUT = {
     "bitvae": ["assets/held_out/china.jpg", "assets/held_out/flower.jpg"],
 }
 
-
+# %% ../nbs/00_images.ipynb #26037be3
 def held_out_photographs(modules: Sequence[str] = tuple(HELD_OUT)) -> list[Path]:
     "Return the photographs in skimage and in this package, for evaluation, never for training."
     specs = {module: find_spec(module) for module in modules}

@@ -167,7 +167,7 @@ SWAPS = {
 if importlib.util.find_spec("triton"):
     SWAPS["cuda"] += (FusedGroupNorm, FusedResnetBlock)
 
-
+# %% ../nbs/91_kernels.ipynb #ca7c4a41
 def optimize(
     model: nn.Module,                       # an encoder, a decoder, or a module that contains them
     swaps: tuple[type, ...] | None = None,  # classes with `replaces`; None: those of the model's device

@@ -69,7 +69,7 @@ LAUNCHER_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|ROLE_NAME$|BITVAE_LAUNCHER$"
     r"|(TORCHELASTIC|PET|ACCELERATE|FSDP|PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_")
 
-
+# %% ../nbs/12_launch.ipynb #c8d2e6b6
 def drop_launcher_variables() -> None:
     "Remove what another launcher left in the environment; name the variables that announce other processes."
     found = {name: os.environ.pop(name) for name in list(os.environ) if LAUNCHER_VARIABLES.match(name)}

@@ -18,7 +18,7 @@ class ImageCost:
     encode: float     # seconds of a GPU
     bytes_out: float  # of its bits in a shard
 
-
+# %% ../nbs/27_pipeline_costs.ipynb #41d237cc
 @dataclass(frozen=True)
 class Cluster:
     "The units of each stage."

@@ -37,14 +37,14 @@ def scale_names(schedule: Sequence[tuple[int, int]]) -> list[str]:
     "Return the size of every scale as text, such as 4x4."
     return [f"{h}x{w}" for h, w in schedule]
 
-
+# %% ../nbs/20_plots.ipynb #142f038c
 def count_ticks(axis, most: int = 9) -> None:
     "Put ticks at integers only, where an axis counts scales, channels or steps."
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
-
+# %% ../nbs/20_plots.ipynb #8125fc3c
 def add_colorbar(image, ax, **options):  # a matplotlib Colorbar
     "Add a color scale beside the axes, with plain numbers."
     bar = ax.figure.colorbar(image, ax=ax, **{"format": "{x:g}"} | options)
@@ -53,7 +53,7 @@ def add_colorbar(image, ax, **options):  # a matplotlib Colorbar
     bar.outline.set_linewidth(0.4)
     return bar
 
-
+# %% ../nbs/20_plots.ipynb #bd1926fc
 def legend_outside(ax) -> None:
     "Put the legend to the right of the axes."
     ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, frameon=False, fontsize=8)
@@ -371,7 +371,7 @@ CURVES = {  # kind: format, color, label
     "WebP": ("^:", "#0072b2", "WebP"),
 }
 
-
+# %% ../nbs/20_plots.ipynb #e183a0f8
 def plot_rate_distortion(
     tok: BitVAE,
     x: Tensor,  # (1, 3, H, W) in [-1, 1]

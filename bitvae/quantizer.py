@@ -66,7 +66,7 @@ def upsample(q: Tensor, size: Size) -> Tensor:
         return resize_by_matrices(q, size, "linear").contiguous(memory_format=torch.channels_last)
     return F.interpolate(q, size=size, mode="bilinear", align_corners=False)
 
-
+# %% ../nbs/03_quantizer.ipynb #70393882
 def upsample_codes(token_map: Tensor, size: Size) -> Tensor:
     "Upsample the codes of a token map, bool (B, h_k, w_k, d), to (B, d, h, w), float32."
     return upsample(bits_to_codes(token_map.permute(0, 3, 1, 2)), size)

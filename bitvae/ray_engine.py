@@ -176,7 +176,7 @@ def add_facts(facts: dict[str, Counter], row: Mapping) -> None:
     values = {name: row[name] for name in ("images", "failed", "waited", "seconds")}
     facts.setdefault(row["actor"], Counter()).update(values)
 
-
+# %% ../nbs/25_ray_engine.ipynb #db7f5b56
 def summarize_actors(facts: Mapping[str, Counter]) -> str:
     "Return the images per second of each actor and its share of time waiting for input, as text."
     lines = []

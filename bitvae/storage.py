@@ -36,7 +36,7 @@ def staging_path(file: str | os.PathLike) -> Path:
     special = file.exists() and not file.is_file()
     return Path(tempfile.gettempdir(), file.name) if special else Path(os.path.realpath(file))
 
-
+# %% ../nbs/94_storage.ipynb #694de461
 @contextmanager
 def replace_file(file: Path) -> Iterator[Path]:
     "Yield a temporary file, then rename it to `file`, or copy it to a device or FIFO; remove it on an error."
@@ -66,7 +66,7 @@ def is_remote(path: object) -> bool:
     "Return whether a path is an address, as text such as s3://bucket/folder or as an `UPath`."
     return "://" in path if isinstance(path, str) else hasattr(path, "fs")
 
-
+# %% ../nbs/94_storage.ipynb #1c428997
 def to_path(path: str | os.PathLike) -> Path:  # or `UPath`
     "Return a path with `~` expanded, or the path of an address; raise `ValueError` or `ImportError`."
     if not is_remote(path):
@@ -88,7 +88,7 @@ def to_path(path: str | os.PathLike) -> Path:  # or `UPath`
 class StorageError(ConnectionError):
     "An object store that cannot be used; the message names the address and the reason."
 
-
+# %% ../nbs/94_storage.ipynb #a66cb38c
 @contextmanager
 def explain_storage_errors(address: object) -> Iterator[None]:
     "Name an address in a block's errors, `FileNotFoundError` or `StorageError`; a full disk's error passes."
@@ -115,7 +115,7 @@ def read_file(path: str | os.PathLike) -> bytes:
     with explain_storage_errors(path):
         return to_path(path).read_bytes()
 
-
+# %% ../nbs/94_storage.ipynb #95a5108d
 def path_exists(path: str | os.PathLike) -> bool:
     "Return whether a file, folder or object exists; raise `StorageError` if the store does not answer."
     if not is_remote(path):
@@ -132,7 +132,7 @@ def upload(address: "UPath") -> Iterator[Path]:
         with explain_storage_errors(address):
             address.fs.put_file(str(temporary), address.path)
 
-
+# %% ../nbs/94_storage.ipynb #9834d156
 def atomic_write(path: str | os.PathLike):  # a context manager that yields a `Path`
     "Write a file or object as a whole: yield a temporary file; on an error, keep what was there."
     path = to_path(path)
@@ -147,7 +147,7 @@ def list_objects(address: str) -> list[str]:
     root = "/" if path.protocol == "file" else ""
     return sorted(f"{path.protocol}://{root}{name.lstrip('/')}" for name in found)
 
-
+# %% ../nbs/94_storage.ipynb #8bdffc3c
 def find_files(
     folder: Path,  # or `UPath`
     pattern: str,  # of names
@@ -169,7 +169,7 @@ def cache_dir() -> Path:
     user = os.environ.get("USER") or os.getuid()
     return to_path(os.environ.get("BITVAE_CACHE") or Path(tempfile.gettempdir()) / f"bitvae-{user}")
 
-
+# %% ../nbs/94_storage.ipynb #60cf352e
 def prune_cache(folder: Path, limit: int) -> None:
     "Remove the copies that were not used for the longest time, except the newest, to fit a limit."
     copies = []
@@ -189,7 +189,7 @@ def download_file(address: "UPath", file: Path) -> None:
     with replace_file(file) as part, explain_storage_errors(address):
         address.fs.get_file(address.path, str(part))
 
-
+# %% ../nbs/94_storage.ipynb #5a353b1d
 @contextmanager
 def local_file(path: str | os.PathLike) -> Iterator[Path]:
     "Yield a path on a disk: of the file itself, or of a copy of an object for the length of the block."
@@ -207,7 +207,7 @@ def file_checksum(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-
+# %% ../nbs/94_storage.ipynb #26131632
 def cached_copy(
     address: "UPath",
     sha256: str,                 # of the content, hexadecimal

@@ -176,7 +176,7 @@ def prefetch(
                 yield groups.pop(size)
         yield from groups.values()
 
-
+# %% ../nbs/19_token_dataset.ipynb #41964165
 def image_size(item: Item) -> Size | None:
     "Return the size (H, W) of a loaded item's image; None for an error."
     if isinstance(item.image, Exception):
@@ -211,7 +211,7 @@ def encode_samples(
             encoded |= {s.key: s for s in encode_batch(tok, same, latents)}
         yield from (encoded[item.key] for item in batch)
 
-
+# %% ../nbs/19_token_dataset.ipynb #75a18833
 def encode_batch(tok: BitVAE, batch: Sequence[Item], latents: bool) -> Iterator[Sample]:
     "Tokenize images of one size together."
     x = torch.cat([to_tensor(item.image) for item in batch])
@@ -383,7 +383,7 @@ def write_json(file: Path, value: dict) -> None:
     with atomic_write(file) as part:
         part.write_text(json.dumps(value, indent=1) + "\n")
 
-
+# %% ../nbs/19_token_dataset.ipynb #85b113e0
 def read_json(file: Path, remedy: str = "remove it and tokenize again") -> dict:
     "Read JSON; raise `ValueError` with the file's name for damage."
     try:
@@ -394,7 +394,7 @@ def read_json(file: Path, remedy: str = "remove it and tokenize again") -> dict:
     except ValueError as e:
         raise ValueError(f"{file} is damaged ({e}): {remedy}") from None
 
-
+# %% ../nbs/19_token_dataset.ipynb #de042740
 def shard_files(records: Iterable[dict]) -> list[dict]:
     "Return the records of the files of shards."
     return [file for record in records for file in record.get("files", [record])]
@@ -460,7 +460,7 @@ def write_shard(
     write_json(file.with_suffix(".json"), record | {"versions": versions})
     return record | {"versions": versions}
 
-
+# %% ../nbs/19_token_dataset.ipynb #f9a872a7
 def is_finished(file: Path, names: set[str]) -> bool:
     "Return whether a shard has its record and all its files, given the names in its folder."
     record = file.with_suffix(".json")
@@ -541,7 +541,7 @@ def count_images(todo: Todo) -> int | None:
     counts = [len(items.args[-1]) for items in todo.values() if items.func is file_items]
     return sum(counts) if len(counts) == len(todo) else None
 
-
+# %% ../nbs/19_token_dataset.ipynb #e65ab405
 def write_shards(tok: BitVAE, todo: Todo, options: ShardOptions, show: bool = True) -> None:
     "Write shards in this process; show the progress or not."
     if tok.device.type == "cpu":
@@ -625,7 +625,7 @@ def verify_dataset(folder: str | os.PathLike) -> dict:  # the manifest
                 raise BitsError(str(e).replace(str(local), str(file))) from e
     return manifest
 
-
+# %% ../nbs/19_token_dataset.ipynb #c5b866bf
 def verify_shard(file: Path, shard: Mapping, manifest: Mapping, keys: set[str]) -> None:
     "Check a shard against its record and add its keys to those of other shards."
     if file_checksum(file) != shard["sha256"]:
@@ -696,7 +696,7 @@ def image_sizes(self: TokenDataset) -> list[Size]:
         sizes += map(tuple, file.get("image_sizes", same))
     return sizes
 
-
+# %% ../nbs/19_token_dataset.ipynb #e0d19431
 @patch
 def batches_by_size(self: TokenDataset, batch: int, seed: int | None = None) -> list[list[int]]:
     "Return batches of images of one size for a DataLoader's `batch_sampler`; with a seed, shuffled."

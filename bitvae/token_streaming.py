@@ -60,7 +60,7 @@ def images_between(self: ShardOrder, order: np.ndarray, start: int, stop: int) -
              for i in shards]  # fmt: skip
     return np.concatenate(parts)
 
-
+# %% ../nbs/26_token_streaming.ipynb #750f0719
 @patch
 def __iter__(self: ShardOrder) -> Iterator[int]:
     "Iterate over the numbers of this rank's images, from the position to the end of the epoch."

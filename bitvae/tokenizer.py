@@ -155,7 +155,7 @@ def weight_bytes(w: Tensor, dtype: torch.dtype) -> bytes:
     "Return a weight as bytes of a data type."
     return w.detach().to("cpu", dtype).flatten().view(torch.uint8).numpy().tobytes()
 
-
+# %% ../nbs/05_tokenizer.ipynb #6290b5b1
 def hash_network(net: nn.Module) -> str:
     "Return 8 hexadecimal digits of a network's weights in bfloat16, and 8 of the exact weights."
     weights = {name.replace("_orig_mod.", ""): w for name, w in net.state_dict().items()}

@@ -62,7 +62,7 @@ def adamw(module: nn.Module, lr: float, capturable: bool = False) -> torch.optim
     lr = torch.tensor(lr, device=device) if capturable else lr  # a CUDA graph reads it from memory
     return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.01, **options)
 
-
+# %% ../nbs/10_training.ipynb #cb6c01c9
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     "Set the learning rate of the next update, for all groups of parameters."
     for group in optimizer.param_groups:
@@ -103,7 +103,7 @@ def use_deterministic(enabled: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not enabled
 
-
+# %% ../nbs/10_training.ipynb #401baf0d
 QUANTIZER_FIELDS = ("drop_rate", "keep_last", "prefix_rate", "gradient", "detach_residual",
                     "commitment_weight", "entropy_weight", "inv_temperature")  # fmt: skip
 
@@ -197,7 +197,7 @@ def autocast(self: Trainer):
     enabled = self.config.precision == "bf16"
     return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
-
+# %% ../nbs/10_training.ipynb #12b4ffe4
 @patch
 def distance(self: Trainer, x: Tensor, y: Tensor) -> Tensor:
     "Return the perceptual distance, computed in the networks' precision."
@@ -239,7 +239,7 @@ PIXEL_LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
 LOSS_WEIGHTS = ("pixel_weight", "perceptual_weight", "adversarial_weight", "quantizer_weight",
                 "latent_mean_weight", "latent_mse_weight")  # fmt: skip
 
-
+# %% ../nbs/10_training.ipynb #abb32a68
 def update_networks(
     t: Trainer,
     images: Sequence[Tensor],  # one batch per pass, (B, 3, size, size) in [-1, 1]
@@ -350,7 +350,7 @@ def resolve_config(config: TrainConfig, folder: Path) -> TrainConfig:
     model = read_run(folder)[0].model if has_run(folder) else BitVAE.from_pretrained(config.init_from).config
     return replace(config, model=model)
 
-
+# %% ../nbs/10_training.ipynb #eb7acb69
 def init_tokenizer(config: TrainConfig, x: Tensor | None = None) -> BitVAE:  # x: crops, for init_latent_norm
     "Return the tokenizer before the first step; raise `ValueError` if `init_from` has another model."
     torch.manual_seed(config.seed)
@@ -371,7 +371,7 @@ def stateful_parts(self: Trainer) -> dict[str, nn.Module | torch.optim.Optimizer
         parts |= {"image_disc": self.discriminator, "opt_image_disc": self.discriminator_optimizer}
     return parts
 
-
+# %% ../nbs/10_training.ipynb #6fabeea7
 def save_checkpoint(t: Trainer, folder: Path, validation: float) -> None:
     "Write the state of a run, with its validation loss, to a folder of checkpoints, and remove old ones."
     state = {name: part.state_dict() for name, part in t.stateful_parts().items()} | {"step": t.step}
@@ -435,14 +435,14 @@ def crop_rule(config: TrainConfig) -> CropRule:
     names = ("max_zoom", "full_image_prob", "upscale", "color_jitter", "crop_size")
     return CropRule(*(getattr(config, name) for name in names))
 
-
+# %% ../nbs/10_training.ipynb #96a1b573
 @patch
 def images_per_step(self: Trainer) -> float:
     "Return the crops of one step in all processes, averaged over the sizes."
     batches = as_tuple(self.config.batch)
     return self.config.accumulate * self.accelerator.num_processes * sum(batches) / len(batches)
 
-
+# %% ../nbs/10_training.ipynb #36ddd1af
 def first_crops(config: TrainConfig, images: Images, processes: int) -> Tensor:  # (B, 3, size, size)
     "Return the crops of the first step in all processes, for `init_latent_norm`."
     count = config.accumulate * processes * as_tuple(config.batch)[0]
@@ -522,7 +522,7 @@ def plural(number: str, noun: str) -> str:
     "Return a number with its noun: 1 image, 2 images."
     return f"{number} {noun}" if number == "1" else f"{number} {noun}s"
 
-
+# %% ../nbs/10_training.ipynb #199f3d9d
 @patch
 def progress(self: Recorder, parts: Mapping[str, float]) -> str:
     "Return a line with losses, speed and time left."
@@ -575,7 +575,7 @@ def next_crops(crops: Iterator[Crop], count: int, stop: StopSignals) -> list[Cro
     except Interrupted:
         return []
 
-
+# %% ../nbs/10_training.ipynb #f8fe74c5
 def run_steps(
     t: Trainer, crops: Iterator[Crop], stop: StopSignals, unreadable, recorder, folder: Path, on_step=None,
 ):  # fmt: skip
@@ -614,7 +614,7 @@ def open_accelerator(folder: Path, log_with: str | Sequence):  # an `accelerate.
     events = ProjectConfiguration(logging_dir=folder / "events")
     return Accelerator(cpu=not torch.cuda.is_available(), log_with=log_with or None, project_config=events)
 
-
+# %% ../nbs/10_training.ipynb #e1b20d44
 @contextmanager
 def open_recorder(
     t: Trainer, folder: Path, record: dict, images: Tensor, log_with: str | Sequence, project: str,
@@ -678,7 +678,7 @@ def train_from_args(args: argparse.Namespace) -> Path:
     trackers = {"log_with": args.log_with, "project": args.project}
     return train(config, images, folder, args.resume, args.workers, args.validation, **trackers)
 
-
+# %% ../nbs/10_training.ipynb #8ab96de1
 def main(arguments: Sequence[str] | None = None, run: Callable = train_from_args) -> int:  # exit code
     "Train as the command line says; print expected errors as one line on standard error."
     parser = argparse.ArgumentParser("bitvae.training", description="Train, also as one process of torchrun.")

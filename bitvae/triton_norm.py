@@ -21,7 +21,7 @@ TILE = 4096        # elements that a program reads at once
 CHUNK = 1 << 15    # elements that a program reduces to one row of partial sums
 MAX_CHUNKS = 1024  # per image
 
-
+# %% ../nbs/92_triton_norm.ipynb #4d09bfa0
 def tile_sizes(
     pixels: int,    # of one feature map, N
     channels: int,  # C
@@ -331,21 +331,21 @@ def _(x, weight, bias, groups, eps, silu, shift=None):
     stats = x.new_empty((x.shape[0], groups), dtype=torch.float32)
     return torch.empty_like(x, memory_format=torch.channels_last), stats, torch.empty_like(stats)
 
-
+# %% ../nbs/92_triton_norm.ipynb #3f70518c
 @group_norm_backward_op.register_fake
 def _(dy, x, weight, bias, mean, rstd, groups, silu, shift=None):
     dshift = bias.new_empty(()) if shift is None else torch.empty_like(shift)
     return (torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight),
             torch.empty_like(bias), dshift)  # fmt: skip
 
-
+# %% ../nbs/92_triton_norm.ipynb #c935b568
 def setup_context(ctx, inputs, output):
     "Keep the input, the parameters and the statistics for the backward pass."
     x, weight, bias, ctx.groups, _, ctx.silu, shift = inputs
     ctx.save_for_backward(x, weight, bias, *output[1:], shift)
     ctx.mark_non_differentiable(*output[1:])
 
-
+# %% ../nbs/92_triton_norm.ipynb #ea12cf94
 def backward(ctx, dy, *_):
     "Return the gradients of the operator's arguments."
     *saved, shift = ctx.saved_tensors
@@ -393,7 +393,7 @@ def add_rows(
         out = (tile + b + other).to(y.dtype.element_ty)
         tl.store(y + row.to(tl.int64) * C + offsets, out, mask=mask)
 
-
+# %% ../nbs/92_triton_norm.ipynb #cf217d31
 @torch.library.custom_op("bitvae::add_bias", mutates_args=())
 def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     "Return x + bias + residual for feature maps (B, C, H, W)."
@@ -405,18 +405,18 @@ def add_bias_op(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         add_rows[apply](x, bias, residual, y, x.shape[2] * x.shape[3], TILES=APPLY_TILES, **shape)
     return y
 
-
+# %% ../nbs/92_triton_norm.ipynb #91e18a44
 @add_bias_op.register_fake
 def _(x, bias, residual):
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
 
-
+# %% ../nbs/92_triton_norm.ipynb #62bc8b77
 def remember_dtypes(ctx, inputs, output):
     "Keep the dtypes of the arguments, which their gradients must have."
     ctx.dtypes = [t.dtype for t in inputs]
 
-
+# %% ../nbs/92_triton_norm.ipynb #5e9094d3
 def add_bias_backward(ctx, dy):
     "Return the gradients of feature map, bias and residual."
     x, bias, residual = ctx.dtypes

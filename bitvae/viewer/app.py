@@ -196,7 +196,7 @@ HEADING = """<h2 style="margin: 4px 0">Bits of an image, coarse to fine</h2>
 You see an image, and what is left of it when it is stored as a few thousand bits, in scales from coarse to
 fine. Start with the tour, or move the slider."""
 
-
+# %% ../../nbs/viewer/24_app.ipynb #2b83f171
 class Viewer:
     "The interactive viewer."
 

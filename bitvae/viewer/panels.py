@@ -91,12 +91,12 @@ class Panel:
 
     def refresh(self) -> None: "Update the widgets from the state."
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #946de8ef
 def paragraph(text: str) -> str:
     "Return HTML text as a paragraph that screen readers announce when it changes."
     return f"<div role='status' style='max-width: 110ch; line-height: 1.4; margin-bottom: 4px'>{text}</div>"
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #0b5688e8
 def scale_name(schedule: Sequence[tuple[int, int]], scale: int) -> str:
     "Name a scale by its index, from 0 as in Python, and its size."
     return "scale {} ({}x{})".format(scale, *schedule[scale])
@@ -294,7 +294,7 @@ BUTTONS = {
     "reset": "remove all edits",
 }
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #0ddf7257
 @patch
 def actions(self: EditsPanel) -> dict[str, Callable]:
     "Return what each button does."
@@ -395,7 +395,7 @@ def draw_planes(self: BitsPanel) -> None:
         self.planes.show(image, f"bit planes of scale {scale}")
     self.drawn = drawn
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #e591fb97
 @patch
 def click(self: BitsPanel, x: float, y: float) -> None:
     "Flip the bit at a position of the image."
@@ -420,7 +420,7 @@ CHART_STYLE = """<style>.bitvae-charts svg { width: 100%; height: auto }
 :is([data-jp-theme-light=false], .theme-dark, .vscode-dark) .bitvae-charts svg {
   filter: invert(0.93) hue-rotate(180deg) }</style>"""  # dark pages: JupyterLab, Voila, VS Code
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #ea16c06b
 class ScalePanel(Panel):
     "What scale k adds."
 
@@ -453,7 +453,7 @@ HEAT_STYLE = """<style>.bitvae-heat { border-spacing: 1px }
 .bitvae-heat .bitvae-none { background: repeating-linear-gradient(45deg, #8884 0 3px, transparent 3px 6px) }
 .bitvae-bar { display: inline-block; width: 160px; height: 12px; margin: 0 6px }</style>"""
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #e1907a26
 def heat_map(result: Sensitivity) -> str:  # HTML
     "Draw the change per flipped bit as a table: logarithmic colors, values, means, and a color bar."
     from matplotlib import colormaps
@@ -534,7 +534,7 @@ def start(self: SensitivityPanel) -> None:
     steps = sensitivity(session.tok, session.bits, self.samples.value, batch)
     self.job.start(exclusively(steps), self.show, lambda: self.set_running(False))
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #039a5c1f
 @patch
 def show(self: SensitivityPanel, result: Sensitivity) -> None:
     "Show a partial result."
@@ -612,7 +612,7 @@ def coarse_to_fine(self: TourPanel) -> None:
         play=True,
     )
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #19b45145
 @patch
 def flip(self: TourPanel) -> None:
     "Flip 20 % of the bits of the first scales; later scales correct it."
@@ -629,7 +629,7 @@ def flip(self: TourPanel) -> None:
         play=True,
     )
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #770cdf11
 @patch
 def mix(self: TourPanel) -> None:
     "Take the first half of the scales from another image."

@@ -152,7 +152,7 @@ def undo(self: EditSession) -> None:
     while len(self.states) > 1 and len(self.state.edits) == n:
         self.states.pop()
 
-
+# %% ../../nbs/viewer/21_session.ipynb #39a999ec
 @patch
 def reset(self: EditSession) -> None:
     "Return to the image's own bits."

@@ -75,7 +75,7 @@ IMAGE_CSS = """
 .bitvae-mark { position: absolute; width: 9px; height: 9px; margin: -5px 0 0 -5px; pointer-events: none;
   border: 2px solid #d55e00; border-radius: 50%; }"""
 
-
+# %% ../../nbs/viewer/22_widgets.ipynb #05d7b55b
 class ImageWidget(anywidget.AnyWidget):
     "An image in the browser that reports clicks."
 
@@ -334,7 +334,7 @@ function render({ model, el }) {
 }
 export default { render };"""
 
-
+# %% ../../nbs/viewer/22_widgets.ipynb #ce022a17
 class DownloadButton(anywidget.AnyWidget):
     "A button that saves a file in the browser; `make` returns its name and content, or None for no file."
 
@@ -368,7 +368,7 @@ function render({ model, el }) {
 }
 export default { render };"""
 
-
+# %% ../../nbs/viewer/22_widgets.ipynb #c5278165
 class CodeWidget(anywidget.AnyWidget):
     "Text in a fixed-width font, with a button that copies it."
 
