@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'PAIRS', 'scale_names', 'count_ticks', 'add_colorbar', 'legend_outside', 'PlaneGrid', 'plane_grid',
-           'plot_bit_planes', 'planes_to_rgb', 'residuals', 'residual_energy', 'plot_energy', 'bit_stats_of',
-           'plot_channels', 'plot_scale', 'Sensitivity', 'sample_flips', 'sensitivity', 'plot_sensitivity',
-           'plot_progressive', 'plot_flips', 'plot_mix', 'plot_pyramid', 'plot_rate_distortion', 'plot_bit_stats',
-           'draw_thumbnails', 'plot_quality', 'best_and_worst', 'readable_indices', 'plot_extremes', 'window_means',
-           'plot_entropies', 'metric_panels', 'plot_metrics', 'draw_sphere', 'plot_sphere', 'fit_codebook',
-           'draw_quantizer', 'plot_quantizers']
+           'check_scales', 'plot_bit_planes', 'planes_to_rgb', 'residuals', 'residual_energy', 'plot_energy',
+           'bit_stats_of', 'plot_channels', 'plot_scale', 'Sensitivity', 'sample_flips', 'sensitivity',
+           'plot_sensitivity', 'plot_progressive', 'plot_flips', 'plot_mix', 'plot_pyramid', 'plot_rate_distortion',
+           'plot_bit_stats', 'draw_thumbnails', 'plot_quality', 'best_and_worst', 'readable_indices', 'plot_extremes',
+           'window_means', 'plot_entropies', 'metric_panels', 'plot_metrics', 'draw_sphere', 'plot_sphere',
+           'fit_codebook', 'draw_quantizer', 'plot_quantizers']
 
 # %% ../nbs/20_plots.ipynb #45c1547f
 import math
@@ -130,6 +130,14 @@ def bit_centers(self: PlaneGrid) -> tuple[list[float], list[float]]:  # from the
     rows = centers(self.rows, self.h, self.pitch[0], self.size[0])
     return centers(self.columns, self.w, self.pitch[1], self.size[1]), rows
 
+# %% ../nbs/20_plots.ipynb #0e1a3015
+def check_scales(bits: Bits, scales: Sequence[int], first: int = 0) -> None:
+    "Raise `IndexError` for indices of scales that bits do not hold, or for numbers of scales (`first=1`)."
+    last = len(bits) - 1 + first
+    if wrong := [k for k in scales if not first <= k <= last]:
+        what = "numbers of scales are" if first else "their indices are"
+        raise IndexError(f"these bits hold {len(bits)} scales, {what} {first} to {last}, got {wrong[0]}")
+
 # %% ../nbs/20_plots.ipynb #04c0fa1d
 def plot_bit_planes(
     bits: Bits,
@@ -138,6 +146,7 @@ def plot_bit_planes(
     width: float = 6.0,  # of the figure, inches
 ):  # a matplotlib Figure
     "Plot the bit planes of one scale, a panel per channel: ones white, zeros black."
+    check_scales(bits, [scale])
     token_map = bits.planes[scale][image]
     h, w, d = token_map.shape
     columns = min(d, 8)
@@ -200,6 +209,7 @@ def plot_scale(
 ):  # a matplotlib Figure
     "Plot what one scale adds: images, bit planes, channel statistics, residual energy."
     bits = bits or tok.encode(x)
+    check_scales(bits, [scale])
     (h, w), token_map = bits.schedule[scale], bits.planes[scale][0]
     after = tok.decode(bits[: scale + 1])
     before = tok.decode(bits[:scale]) if scale else torch.zeros_like(after)
@@ -294,6 +304,7 @@ def plot_progressive(
 ):  # a matplotlib Figure: a row per image, the original first
     "Plot images and their reconstructions from a growing number of scales, with PSNR and bits."
     bits = tok.encode(x)
+    check_scales(bits, scales or [], first=1)
     columns, titles, captions = [x], [["original"] * len(x)], [f"{24 * x[0, 0].numel():,} bits"]
     for k, y in enumerate(tok.decode_prefixes(bits), 1):
         if scales is None or k in scales:
@@ -353,6 +364,7 @@ def plot_pyramid(
 ):  # a matplotlib Figure: a column per scale
     "Plot bits, residual and reconstruction after each scale."
     bits = tok.encode(x)
+    check_scales(bits, scales or [], first=1)
     shown = [k - 1 for k in scales or range(1, len(bits) + 1)]
     norms = [r.norm(dim=1) for r in residuals(tok.encode_latent(x), bits)]
     maps = [planes_to_rgb(bits.planes[k][0], [c % bits.dim for c in range(3)]) for k in shown]
