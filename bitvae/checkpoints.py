@@ -248,7 +248,7 @@ Encodes an image of any size into scales of bits, coarse to fine, and decodes al
 (multi-scale binary spherical quantization, as in Infinity, arXiv:2412.04431).
 
 ```python
-from bitvae import BitVAE, load_image, save_image  # pip install bitvae
+from bitvae import BitVAE, load_image, save_image
 
 tok = BitVAE.from_pretrained("{source}")
 bits = tok.encode(load_image("photograph.jpg"))
