@@ -245,8 +245,8 @@ def decode_planes(header: Header, payload: bytes) -> Iterator[np.ndarray]:
     try:
         coder = entropy.coder_by_id(header.coder, header.dim)
     except LookupError as e:
-        raise BitsError(f"{e}: load its tokenizer first, {header.tokenizer} "
-                        "(--tokenizer), whose folder has the coder") from None
+        raise BitsError(f"{e}: the folder of its tokenizer, {header.tokenizer or 'not named'}, "
+                        "has the coder; load that first (--tokenizer)") from None
     return islice(entropy.decompress(payload, header.shapes, coder), sum(end <= possible for end in ends))
 
 # %% ../nbs/18_bitstream.ipynb #8544854e
@@ -355,7 +355,7 @@ def describe_file(file: str | os.PathLike) -> str:
         raise BitsError(f"{file}: {e}") from None
     (h, w), (H, W) = head.latent_size, head.image_size or (0, 0)
     bits, size = sum(map(math.prod, head.shapes)), head.start + head.length
-    pixels = f" of {W}x{H} pixels" if H else ""
+    pixels = f", {W} pixels wide and {H} high" if H else ""
     coder = f"coder {head.coder:08x}" if head.coder else "the adaptive coder"
     coding = "not compressed" if head.coder is None else f"compressed to {8 * size / bits:.1%} by {coder}"
     held, cut = head.held, ""
@@ -367,7 +367,7 @@ def describe_file(file: str | os.PathLike) -> str:
             held, reason = 0, f": {e}"
         cut = f"; cut short, {len(data):,} bytes are left{reason}"
     return "\n".join(filter(None, [
-        f"{head.batch} image{'s' * (head.batch > 1)}{pixels}, latent {w}x{h}, {head.dim} bits per token",
+        f"{head.batch} image{'s' * (head.batch > 1)}{pixels}, latent {h}x{w}, {head.dim} bits per token",
         f"{held} of {len(head.schedule)} scales: " + " ".join(f"{a}x{b}" for a, b in head.schedule[:held]),
         f"{bits:,} bits in {size:,} bytes, {coding}{cut}",
         f"{8 * size / (head.batch * H * W):.4f} bits per pixel" if H else "",
