@@ -129,7 +129,7 @@ def run_parsed(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     "Run one command, by default that of the command line, and return the exit code."
     words = sys.argv[1:] if arguments is None else arguments
-    args = expand_home(build_parser(words).parse_args(words))
+    args = expand_home(build_parser(words).parse_args(words or ["--help"]))
     try:
         return run_parsed(args)
     except KeyboardInterrupt as e:  # also while modules are imported
@@ -329,7 +329,7 @@ def push_command(args: argparse.Namespace) -> None:
     results = args.results and read_results(args.results)
     tok = BitVAE.from_pretrained(args.tokenizer)
     address = tok.push_to_hub(args.repo, args.private or None, args.revision, results=results, **metadata)
-    print(f"uploaded: {address}")
+    print(f"uploaded: {address}\nload it with BitVAE.from_pretrained({args.repo!r})")
 
 # %% ../nbs/30_cli.ipynb #5a24d5bf
 @command(add_tokenize_arguments, PROCESSES, NODES, RENDEZVOUS)
@@ -351,7 +351,8 @@ def tokenize_command(args: argparse.Namespace) -> None:
         for reason in shard["failed"].values():
             print(f"left out: {reason}")
     count, shards = manifest["count"], len(manifest["shards"])
-    print(f"{count:,} images in {shards} shards, {manifest['bytes']:,} bytes: {args.folder}")
+    size, plural = manifest["bytes"], "s" * (shards != 1)
+    print(f"{count:,} images in {shards} shard{plural}, {size:,} bytes: {args.folder}")
 
 # %% ../nbs/30_cli.ipynb #5390b8d0
 @command(argument("folder", help="folder of the shards, also at s3://..."))
@@ -361,8 +362,9 @@ def verify_command(args: argparse.Namespace) -> None:
 
     with report_time(f"verifying {args.folder}"):
         manifest = verify_dataset(args.folder)
-    failed = f"; {manifest['failed']} were left out" if manifest["failed"] else ""
-    counts = f"{manifest['count']:,} images in {len(manifest['shards'])} shards"
+    failed = f"; {manifest['failed']} left out" if manifest["failed"] else ""
+    shards = len(manifest["shards"])
+    counts = f"{manifest['count']:,} images in {shards} shard{'s' * (shards != 1)}"
     print(f"{counts}, all complete, by tokenizer {manifest['tokenizer']}{failed}")
 
 # %% ../nbs/30_cli.ipynb #64e7dc13

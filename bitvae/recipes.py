@@ -18,6 +18,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from importlib.resources import files
 from math import inf
 
@@ -232,7 +233,9 @@ def recipe(
     model_fields = [*(f.name for f in fields(BitVAEConfig)), "multipliers"]
     known = [f.name for f in fields(TrainConfig) if f.name not in ("name", "model")] + model_fields
     if unknown := [key for key in overrides if key not in known]:
-        raise ValueError(f"unknown override {', '.join(unknown)}: known are {', '.join(known)}")
+        close = get_close_matches(unknown[0], known)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+        raise ValueError(f"unknown override {', '.join(unknown)}: {hint}")
     model = {key: overrides.pop(key) for key in model_fields if key in overrides}
     if model and base.model is None:
         raise ValueError(f"{name} takes its model from init_from: leave out {', '.join(model)}")

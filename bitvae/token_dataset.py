@@ -525,7 +525,7 @@ def write_manifest(folder: Path, job: dict, shards: Sequence[Path]) -> dict:
     count, size = (sum(r[name] for r in records) for name in ("count", "bytes"))
     failed = [reason for r in records for reason in r["failed"].values()]
     if not count:
-        first = f", {len(failed)} were left out; the first: {failed[0]}" if failed else ""
+        first = f", {len(failed)} left out; the first: {failed[0]}" if failed else ""
         raise DataError(f"no image could be tokenized{first}: mend the source and remove {folder}")
     manifest = job | {"count": count, "failed": len(failed), "bytes": size, "shards": records}
     write_json(folder / "manifest.json", manifest)
@@ -597,7 +597,8 @@ def read_manifest(folder: str | os.PathLike) -> dict:
     folder = to_path(folder)
     file, coder = folder / "manifest.json", folder / CODER_FILE
     if not path_exists(file):
-        raise FileNotFoundError(f"no {file}: no data set of bits, or not finished; rerun `bitvae tokenize`")
+        raise FileNotFoundError(f"no data set of bits in {folder}, or not finished (no manifest.json): "
+                                "give the folder of `bitvae tokenize`, or rerun it")
     manifest = read_json(file)
     if (version := manifest.get("version")) != SHARD_VERSION:
         raise ValueError(f"{file} has version {version}, this program reads {SHARD_VERSION}: update bitvae")

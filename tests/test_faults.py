@@ -404,7 +404,7 @@ def test_damaged_checkpoints_load_or_raise_an_error_with_the_file(tmp_path, weig
     ("arguments", "message"),
     [
         (("train", "slow"), "unknown recipe 'slow': one of quick, smoke"),
-        (("train", "smoke", "--set", "step=3"), "unknown override step: known are pixel_loss"),
+        (("train", "smoke", "--set", "step=3"), "unknown override step: did you mean steps or "),
         (("train", "smoke", "--set", "steps=-3"), "steps must be at least 1, got -3"),
         (("train", "smoke", "--images", "nowhere"), "no such images: nowhere; give a folder"),
         (("evaluate", "nothing"), "no tokenizer 'nothing': give a checkpoint file"),
