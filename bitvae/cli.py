@@ -547,18 +547,21 @@ def find_notebook(
 
 # %% ../nbs/30_cli.ipynb #3fd9b97e
 @command(argument("notebook", help="a file, or the name of an experiment notebook such as train"),
-         argument("output", nargs="?", help="the executed copy (default: runs/NAME/NAME.ipynb)"),
+         argument("output", nargs="?", help="executed copy (default: NAME.ipynb in folder or in runs/NAME)"),
          argument("--set", type=lambda text: (*parse_setting(text), text.partition("=")[2]), action="append",
                   default=[], metavar="NAME=VALUE", help="value of a parameter; may be repeated"))
 def run_command(args: argparse.Namespace) -> None:
     "Run a notebook with papermill; parameters that it does not have are errors."
+    from bitvae.storage import is_remote
+
     notebook = find_notebook(args.notebook)
-    output = args.output or Path("runs", notebook.stem, notebook.name)
     known, parameters = notebook_parameters(notebook), {}
     for name, value, text in args.set:
         value = text if known.get(name) and isinstance(value, int | float) else value  # a folder named 2024
         parameters[name] = os.path.expanduser(value) if isinstance(value, str) else value
-    print(f"executed: {run_notebook(notebook, output, **parameters)}")
+    folder = parameters.get("folder") or Path("runs", notebook.stem)
+    folder = Path("runs", notebook.stem) if is_remote(folder) else folder
+    print(f"executed: {run_notebook(notebook, args.output or Path(folder, notebook.name), **parameters)}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not in a notebook

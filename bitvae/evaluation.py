@@ -6,14 +6,15 @@
 __all__ = ['THUMBNAILS', 'CODECS', 'FeatureView', 'SET_METRICS', 'ORIGINALS', 'HIGHER_IS_BETTER', 'METRIC_TITLES',
            'PUBLISHED_RESULTS', 'thumbnail', 'codec_at_rate', 'iterate_prefixes', 'Reconstruction', 'reconstructions',
            'load_networks', 'EvalJob', 'score_images', 'feature_views', 'reference_view', 'all_views', 'image_features',
-           'PartialResult', 'add_features', 'check_finite', 'settle', 'budget_schedules', 'rate_per_image', 'add_batch',
-           'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts', 'assign_images', 'merge_parts',
-           'evaluate_pending', 'reference_files', 'load_references', 'sample_features', 'update_references',
-           'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule', 'cudnn_benchmark',
-           'evaluate_group', 'check_settings', 'collect_warnings', 'check_options', 'evaluate', 'protocol_rows',
-           'final_row', 'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells', 'results_table',
-           'markdown_table', 'save_results', 'read_results', 'evaluate_from_args', 'main', 'protocol_entries',
-           'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results', 'published_table']
+           'PartialResult', 'add_features', 'check_reconstructions', 'settle', 'budget_schedules', 'rate_per_image',
+           'add_batch', 'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts', 'assign_images',
+           'merge_parts', 'evaluate_pending', 'reference_files', 'load_references', 'sample_features',
+           'update_references', 'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule',
+           'cudnn_benchmark', 'evaluate_group', 'check_settings', 'collect_warnings', 'check_evaluation', 'evaluate',
+           'protocol_rows', 'final_row', 'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells',
+           'results_table', 'markdown_table', 'save_results', 'read_results', 'evaluate_from_args', 'main',
+           'protocol_entries', 'protocol_fields', 'protocol_table', 'comparable_groups', 'rank_results',
+           'published_table']
 
 # %% ../nbs/14_evaluation.ipynb #353c59f3
 import argparse
@@ -254,7 +255,7 @@ def add_features(job: EvalJob, result: PartialResult, name: str, y: Tensor, indi
         result.features.setdefault((name, view), []).append(sampled)
 
 # %% ../nbs/14_evaluation.ipynb #fb6cc5e1
-def check_finite(job: EvalJob, result: PartialResult) -> None:
+def check_reconstructions(job: EvalJob, result: PartialResult) -> None:
     "Raise `ValueError` for reconstructions that are not finite."
     for row, indices, finite in result.unchecked:
         if bad := [str(job.files[i]) for i, ok in zip(indices, finite.tolist(), strict=True) if not ok]:
@@ -265,7 +266,7 @@ def check_finite(job: EvalJob, result: PartialResult) -> None:
 # %% ../nbs/14_evaluation.ipynb #d1e50895
 def settle(job: EvalJob, result: PartialResult) -> PartialResult:
     "Wait for the device, move everything to the CPU; raise `ValueError` for what is not finite."
-    check_finite(job, result)
+    check_reconstructions(job, result)
     for values in (*result.scores.values(), *result.features.values()):
         device = values[-1].device  # the values of the last call are on the CPU
         values[:] = [torch.cat([v.to(device) for v in values]).cpu()]
@@ -303,7 +304,7 @@ def add_batch(job: EvalJob, result: PartialResult, crops: Tensor, indices: Seque
     on_gpu = job.tok.device.type == "cuda"
     x = from_uint8((crops.pin_memory() if on_gpu else crops).to(job.tok.device, non_blocking=True))
     bits = job.tok.encode(x)
-    check_finite(job, result)  # of the batches before, now that the device has finished them
+    check_reconstructions(job, result)  # of the batches before, now that the device has finished them
     with torch.inference_mode():
         features = {n: f.features(x) for n, f in job.nets.items() if isinstance(f, EfficientNetDistance)}
     add_features(job, result, ORIGINALS, x, indices)
@@ -603,7 +604,7 @@ def collect_warnings(
     return texts
 
 # %% ../nbs/14_evaluation.ipynb #8d202c52
-def check_options(
+def check_evaluation(
     tok: BitVAE, protocols: Sequence[Protocol], metrics: Sequence[str], batch: int, sample: int,
     codec_rates: Sequence[float],
 ) -> None:  # fmt: skip
@@ -638,7 +639,7 @@ def evaluate(
     if world > 1 and not folder:
         raise ValueError("several processes need a folder for their partial results: pass one")
     protocols, files, mode = as_protocols(protocols), image_files(images), tok.quantizer.mode
-    check_options(tok, protocols, metrics, batch, sample, codec_rates)
+    check_evaluation(tok, protocols, metrics, batch, sample, codec_rates)
     nets, chosen = load_networks(metrics, protocols, tok.device, networks), sample_indices(len(files), sample)
     results = {"tokenizer": asdict(tok.config), "weights": hash_weights(tok), "metrics": list(metrics),
                "fingerprint": fingerprint(files), "codec_rates": list(codec_rates), "sample": len(chosen),

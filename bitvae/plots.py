@@ -8,7 +8,7 @@ __all__ = ['CURVES', 'PAIRS', 'scale_names', 'count_ticks', 'add_colorbar', 'leg
            'bit_stats_of', 'plot_channels', 'plot_scale', 'Sensitivity', 'sample_flips', 'sensitivity',
            'plot_sensitivity', 'plot_progressive', 'plot_flips', 'plot_mix', 'plot_pyramid', 'plot_rate_distortion',
            'plot_bit_stats', 'draw_thumbnails', 'plot_quality', 'best_and_worst', 'readable_indices', 'plot_extremes',
-           'window_means', 'plot_entropies', 'metric_panels', 'plot_metrics', 'draw_sphere', 'plot_sphere',
+           'mean_curve', 'plot_entropies', 'metric_panels', 'plot_metrics', 'draw_sphere', 'plot_sphere',
            'fit_codebook', 'draw_quantizer', 'plot_quantizers']
 
 # %% ../nbs/20_plots.ipynb #45c1547f
@@ -441,12 +441,14 @@ def draw_thumbnails(ax, rows: Mapping[str, dict], metric: str, pixels: float) ->
     "Plot the thumbnails among the rows of a protocol, for images of so many pixels."
     scores = {name: row[metric] for name, row in rows.items() if thumbnail_bits(name)}
     rates = [thumbnail_bits(name) / pixels for name in scores]
+    curve = sorted((row["bits_per_pixel"], row[metric]) for row in rows.values() if "scales" in row)
     marks = {"color": "0.45", "mfc": "white", "label": "thumbnails, 24 bits per pixel"}
     if scores:
         ax.plot(rates, list(scores.values()), "D", **marks)
     for rate, (name, score) in zip(rates, scores.items(), strict=True):
         text = "1x1" if thumbnail_bits(name) == 24 else name.split()[0]
-        offset = 0, -11 if metric in HIGHER_IS_BETTER else 5  # away from the curve
+        above = score > np.interp(rate, *zip(*curve, strict=True))  # away from the curve
+        offset = 0, 5 if above else -11
         ax.annotate(text, (rate, score), offset, textcoords="offset points", ha="center", fontsize=7)
 
 # %% ../nbs/20_plots.ipynb #f89ebd28
@@ -474,6 +476,8 @@ def plot_quality(
             ax.fill_between(rates, *zip(*intervals, strict=True), **options)
     draw_thumbnails(ax, rows, metric, final_row(rows)["bits"] / final_row(rows)["bits_per_pixel"])
     ax.set(xscale="log", xlabel="bits per pixel", ylabel=METRIC_TITLES.get(metric, metric))
+    direction = "higher" if metric in HIGHER_IS_BETTER else "lower"
+    ax.set_title(f"{direction} is better", loc="left", fontsize=8)
     legend_outside(ax)
     return fig
 
@@ -522,12 +526,12 @@ def plot_extremes(
     return fig
 
 # %% ../nbs/20_plots.ipynb #59ec7cae
-def window_means(log: Sequence[Mapping], name: str, points: int) -> tuple[Tensor, Tensor]:
-    "Average a value over about `points` windows; return the first step and the mean of each one with values."
+def mean_curve(log: Sequence[Mapping], name: str, points: int) -> tuple[Tensor, Tensor]:
+    "Average a value over about `points` windows; return first steps, from 1, and means, where it has any."
     window = max(1, len(log) // points)
     values = torch.tensor([line.get(name, torch.nan) for line in log])[: len(log) // window * window]
     means = values.reshape(-1, window).nanmean(1)
-    steps = torch.tensor([line["step"] for line in log][: len(values) : window])
+    steps = torch.tensor([line["step"] + 1 for line in log][: len(values) : window])
     return steps[means.isfinite()], means[means.isfinite()]
 
 # %% ../nbs/20_plots.ipynb #53de8d94
@@ -540,7 +544,7 @@ def plot_entropies(ax, log: Sequence[Mapping], points: int = 50) -> None:
     mappable = ScalarMappable(cmap="cividis")
     mappable.set_clim(0, max(1, len(scales) - 1))
     for i, s in enumerate(scales):
-        ax.plot(*window_means(lines, s, points), color=mappable.to_rgba(i), lw=1)
+        ax.plot(*mean_curve(lines, s, points), color=mappable.to_rgba(i), lw=1)
     if scales:
         ends = sorted({0, len(scales) - 1})
         add_colorbar(mappable, ax, ticks=ends).ax.set_yticklabels([scales[i] for i in ends])
@@ -572,7 +576,7 @@ def plot_metrics(
     fig, axes = new_figure(2.4 * columns, 1.7 * rows, rows, columns)
     for ax, (title, names) in zip(axes.flat, panels.items(), strict=False):
         for name in names:
-            steps, means = window_means(log, name, points)
+            steps, means = mean_curve(log, name, points)
             label = name.removeprefix(title).strip("_") or "tokenizer"
             ax.plot(steps, means, marker="." if len(steps) < 4 else None, label=label)
         ax.set_title(title.replace("_", " "))

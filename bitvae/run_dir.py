@@ -219,7 +219,8 @@ def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
                 before = [*old.get("before", []), {"until": step, **session}]
             with atomic_write(run_dir / "run.json") as part:
                 part.write_text(json.dumps(record | {"before": before}, indent=1) + "\n")
-            reopen_metrics(run_dir / "broken.jsonl", step).close()
+            if (broken := run_dir / "broken.jsonl").exists():
+                reopen_metrics(broken, step).close()
             for incomplete in checkpoints.glob(".*"):
                 shutil.rmtree(incomplete, ignore_errors=True)
             for path in checkpoints.glob("step-*"):

@@ -8,7 +8,7 @@ __all__ = ['SHARD_VERSION', 'READERS', 'Todo', 'Engine', 'Item', 'file_items', '
            'index_tar', 'read_bytes', 'TokenizedImage', 'read_tar', 'row_bytes', 'pack_row', 'sort_header',
            'write_rows', 'open_rows', 'index_rows', 'read_row', 'index_shard', 'read_sample', 'write_json', 'read_json',
            'shard_files', 'write_file', 'ShardOptions', 'write_shard', 'is_finished', 'describe_job', 'record_job',
-           'check_options', 'write_manifest', 'count_images', 'write_shards', 'tokenize', 'read_manifest',
+           'check_shards', 'write_manifest', 'count_images', 'write_shards', 'tokenize', 'read_manifest',
            'verify_dataset', 'verify_shard', 'local_shard', 'list_samples', 'TokenDataset', 'collate_images',
            'tokenize_from_args', 'main']
 
@@ -507,7 +507,7 @@ def record_job(folder: Path, job: dict) -> None:
         save_coder(coder_for(job["tokenizer"], job["config"]["dim"]), folder / CODER_FILE)
 
 # %% ../nbs/19_token_dataset.ipynb #0bd8921a
-def check_options(shard_format: str, compress: bool, crop: bool = True, **positive: int) -> None:
+def check_shards(shard_format: str, compress: bool, crop: bool = True, **positive: int) -> None:
     "Raise `ValueError` for options that do not work together or are below 1."
     if shard_format not in SHARD_FORMATS:
         raise ValueError(f"unknown format {shard_format!r}: one of {', '.join(SHARD_FORMATS)}")
@@ -572,7 +572,7 @@ def tokenize(
     "Tokenize a data set, alone or as one of several processes; raise as `open_source`, and `ValueError`."
     fit = ImageFit(size, aspect_ratios, budget, crop)
     options = ShardOptions(fit, batch, workers, compress, latents, decoder)
-    check_options(shard_format, compress, crop, size=size, per_shard=per_shard, batch=batch, workers=workers)
+    check_shards(shard_format, compress, crop, size=size, per_shard=per_shard, batch=batch, workers=workers)
     folder, (rank, world) = to_path(folder), rank_and_world()
     found = open_source(images)
     named = image_labels(found, labels)

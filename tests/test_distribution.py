@@ -100,7 +100,7 @@ def test_experiments_run_by_name_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = bitvae("run", "train", "--set", "folder=mine")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert Path("runs/train/train.ipynb").exists() and Path("mine/tokenizer/config.json").exists()
+    assert Path("mine/train.ipynb").exists() and Path("mine/tokenizer/config.json").exists()
     run = bitvae("run", "trian")
     assert run.returncode == 1 and "no notebook trian" in run.stderr
 

@@ -1,5 +1,6 @@
 """The repository agrees with itself, every notebook runs, and importing is cheap."""
 
+import ast
 import json
 import os
 import shutil
@@ -54,6 +55,20 @@ def test_notebook_is_fit_to_commit(notebook):
     ]  # progress bars and warnings
     if "experiments" in notebook:
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells["cells"]) == 1
+
+
+def test_names_have_one_meaning():
+    "No name is defined in two modules, except `main`."
+    defined = {}
+    for file in (ROOT / "bitvae").rglob("[a-z]*.py"):
+        for node in ast.parse(file.read_text()).body:
+            patched = isinstance(node, ast.FunctionDef) and [a.arg for a in node.args.args[:1]] == ["self"]
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) and not patched else []
+            for target in getattr(node, "targets", []) if isinstance(node, ast.Assign) else []:
+                names += [target.id] if isinstance(target, ast.Name) and not target.id.startswith("_") else []
+            for name in names:
+                defined.setdefault(name, set()).add(file.name)
+    assert {name: files for name, files in defined.items() if len(files) > 1}.keys() == {"main"}
 
 
 PROBE = """

@@ -30,7 +30,7 @@ COMMANDS = {
     "run evaluate": ("run", "evaluate", "--set", "codec_rates=[]", "--set", "resolutions=[64]"),
 }
 WRITTEN = ("cat-file.bits", "decoded.png", "tokens/manifest.json", "runs/smoke/tokenizer/config.json",
-           "runs/train/train.ipynb", "runs/evaluate/evaluate.ipynb")
+           "runs/notebook/train.ipynb", "runs/evaluate/evaluate.ipynb")
 HELP = """
 import sys
 from contextlib import redirect_stdout, suppress

@@ -421,7 +421,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / CONFIG["doc_path"], help="folder of the site")
     args = parser.parse_args()
-    os.environ["COLUMNS"] = "110"  # of the commands' help
+    os.environ["COLUMNS"] = "84"  # of the commands' help
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     pages = args.out.absolute().with_name(args.out.name + "_pages")
     try:
