@@ -37,7 +37,8 @@ def train(folder: Path, recipe: str, shown: Path) -> None:
         return
     if (folder / "run.json").exists():
         print(f"{shown} holds an unfinished run: resuming it. To start again: rm -r {shown}")
-    print(f"training {recipe} on the bundled photographs, a few minutes on two cores:")
+    note = "three steps that try the path, not a tokenizer" if recipe == "smoke" else "minutes on two cores"
+    print(f"training {recipe} on the bundled photographs, {note}:")
     run_notebook(NOTEBOOKS / "train.ipynb", folder / "train.ipynb", recipe=recipe, folder=str(folder))
 
 
