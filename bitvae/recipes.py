@@ -309,7 +309,8 @@ def describe_recipe(config: TrainConfig, width: int = 110) -> str:
               "quantizer": (config, fields(QuantizerConfig)),
               "training": (config, [f for f in fields(TrainConfig) if f.name not in other]),
               "model": (config.model, fields(BitVAEConfig))}  # fmt: skip
-    lines = [f"values of recipe {config.name}, each replaced by --set NAME=VALUE:"]
+    of = "the defaults" if config.name == "custom" else f"recipe {config.name}"
+    lines = [f"values of {of}, each replaced by --set NAME=VALUE:"]
     for title, (values, members) in groups.items():
         lines += ["", f"{title}:" if values else f"{title}: that of init_from"]
         for f in members if values else ():
