@@ -114,10 +114,10 @@ def test_transforms_and_double_backward(tok):
 @pytest.mark.slow
 def test_compile_without_graph_breaks(tok):
     for net, x in halves(tok):
-        compiled = torch.compile(net, fullgraph=True)
-        for grad in (True, False):
+        for grad in (True, False):  # generated code once; "aot_eager" traces in the same way
+            backend = "inductor" if net is tok.decoder and grad else "aot_eager"
             with torch.set_grad_enabled(grad):
-                close(compiled(x), net(x), rtol=1e-4)
+                close(torch.compile(net, fullgraph=True, backend=backend)(x), net(x), rtol=1e-4)
 
 
 @pytest.mark.slow
