@@ -603,7 +603,7 @@ def draw_sphere(ax, v: np.ndarray) -> None:
 
 # %% ../nbs/20_plots.ipynb #097a304c
 def plot_sphere(
-    v: Sequence[float] = (0.75, -0.3, 0.95),  # three numbers; drawn normalized
+    v: Sequence[float] = (0.9, -0.13, 0.42),  # three numbers; drawn normalized
     width: float = 3.6,  # of the figure, inches
 ):  # a matplotlib Figure
     "Plot the unit sphere, the eight codes of three bits, and a vector with its code."
