@@ -259,8 +259,9 @@ def show_images(self: ImagesPanel) -> None:
     session, k, y = self.session, self.k, self.session.image(self.k)
     reference = session.image(k, session.states[0]) if self.kind.index else session.x
     images = session.x, y, error_map(reference.cpu(), y.cpu())
-    captions = ["original", f"reconstruction ({k} of {session.scales} scales)"]
-    captions.append(f"{self.kind.value} (white: 64 gray levels)")
+    captions = ["original", f"{k} of {session.scales} scales"]
+    unedited = self.kind.index and not session.state.edits
+    captions.append("no edits yet" if unedited else f"{self.kind.value} (white: 64 levels)")
     alts = "the original", f"reconstruction from {k} scales", f"map of the {self.kind.value}"
     self.compare.show([to_image(image) for image in images], captions, alts)
 
@@ -499,7 +500,7 @@ def heat_map(result: Sensitivity) -> str:  # HTML
         rows += f"<th>{f'{sum(done) / len(done):.2g}' if done else ''}</th></tr>"
     stops = ", ".join(to_hex(colormaps["cividis"](i / 8)) for i in range(9))
     bar = f"<span class=bitvae-bar style='background: linear-gradient(90deg, {stops})'></span>"
-    legend = f"{math.exp(low):.2g}{bar}{math.exp(high):.2g} gray levels of 255 (root mean square)"
+    legend = f"{math.exp(low):.2g}{bar}{math.exp(high):.2g} gray levels of 255 (root mean square, log scale)"
     return f"{HEAT_STYLE}<table class='bitvae-heat'>{rows}</table>{legend if len(known) else ''}"
 
 # %% ../../nbs/viewer/23_panels.ipynb #bb197f36
