@@ -218,6 +218,23 @@ def click_while_loading(page):
     expect(page.get_by_text("edits: 0")).to_be_visible()
 
 
+def interrupt_strip(page):
+    "The page says that it works, and an action does not wait for the thumbnails of a large image."
+    from playwright.sync_api import expect
+
+    busy, made = page.locator(".bitvae-busy"), page.locator('.bitvae-strip img[src^="blob:"]')
+    page.get_by_label("resolution").select_option("1024")
+    expect(busy).to_be_visible(timeout=1000)
+    expect(page.get_by_text("16 of 16 scales (")).to_be_visible(timeout=90_000)
+    expect(busy).to_be_hidden()
+    page.get_by_role("button", name="to scale 3").click()
+    expect(busy).to_be_visible(timeout=1000)
+    expect(page.get_by_text("4 of 16 scales (")).to_be_visible(timeout=90_000)
+    assert made.count() < 4
+    page.get_by_label("resolution").select_option("256")
+    expect(page.get_by_text("10 of 10 scales (")).to_be_visible(timeout=90_000)
+
+
 def upload(page, tmp_path):
     from playwright.sync_api import expect
 
@@ -332,6 +349,7 @@ def test_as_a_page(page, tmp_path):
         choose_scales(page)
         page.get_by_role("button", name="reset").click()
         click_while_loading(page)
+        interrupt_strip(page)
         use_viewer(page, tmp_path, "page")
     with running([*command, str(tmp_path / "maroon.png"), "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]

@@ -115,12 +115,11 @@ def open_source(self: SourcePanel, source: ImageSource) -> None:
     wanted = source, self.tokenizer.value, self.size.value or None
     if not self.tokenizer.value:  # cleared, for example to see the whole list
         return self.show_current(*self.current)
-    self.state.notify("loading ...")
+    self.state.notify("")
     try:
-        with self.state.report_errors():
+        with self.state.working(), self.state.report_errors():
             self.load(*wanted)
             self.current = wanted
-            self.state.notify("")
     finally:
         self.show_current(*self.current)
 
@@ -216,7 +215,8 @@ class Viewer:
         self.jobs = self.images.strip.job, self.tabs.sensitivity.job
         self.state.panels = [self.tour, self.images, self.tabs]
         parts = [self.source, self.tour, self.images, self.tabs]
-        self.box = W.VBox([W.HTML(paragraph(HEADING)), self.state.message, *(part.box for part in parts)])
+        heading = [self.state.busy, W.HTML(paragraph(HEADING)), self.state.message]
+        self.box = W.VBox([*heading, *(part.box for part in parts)])
         self.state.refresh()
         self.state.notify(error)
 
