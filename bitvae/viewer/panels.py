@@ -41,7 +41,7 @@ BUSY = """<style>@keyframes bitvae-appear { to { visibility: visible } }
   top: 8px; right: 8px; padding: 4px 12px; background: #d55e00; color: #fff; border-radius: 3px }</style>
 <div class=bitvae-busy role=status>working ...</div>"""
 
-
+# %% ../../nbs/viewer/23_panels.ipynb #ca7f50c1
 class ViewerState:
     "State shared by the panels: the session, the number of scales shown, and the message."
 
@@ -75,15 +75,6 @@ class ViewerState:
             self.notify(f"unexpected error, {e!r}: please report it")
             raise
 
-    def run(self, action: Callable, *arguments) -> None:
-        "Run an action, then refresh the panels."
-        self.notify("")
-        with self.working(), self.report_errors():
-            try:
-                action(*arguments)
-            finally:
-                self.refresh()
-
     def refresh(self) -> None:
         "Refresh all panels."
         for panel in self.panels:
@@ -94,6 +85,17 @@ class ViewerState:
         if k != self.k:
             self.k = k
             self.run(lambda: None)
+
+# %% ../../nbs/viewer/23_panels.ipynb #21097645
+@patch
+def run(self: ViewerState, action: Callable, *arguments) -> None:
+    "Run an action, then refresh the panels."
+    self.notify("")
+    with self.working(), self.report_errors():
+        try:
+            action(*arguments)
+        finally:
+            self.refresh()
 
 # %% ../../nbs/viewer/23_panels.ipynb #c0b64dff
 class Panel:
