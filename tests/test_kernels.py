@@ -175,13 +175,13 @@ def test_gradients_of_added_biases(shape, dtype):
 def test_operator_is_registered():
     from bitvae.triton_norm import fused_group_norm, group_norm_op
 
-    x, w, b, _ = tensors((2, 48, 3, 5))
+    x, w, b, _ = tensors((2, 12, 3, 5))
     x.requires_grad_()
     w.requires_grad_()
-    torch.library.opcheck(group_norm_op, (x, w, b, 24, 1e-6, True))
+    torch.library.opcheck(group_norm_op, (x, w, b, 2, 1e-6, True))
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert fused_group_norm(x.bfloat16(), w, b, 24).dtype == torch.bfloat16
-    g, = torch.autograd.grad(fused_group_norm(x, w, b, 24).sum(), x, create_graph=True)
+        assert fused_group_norm(x.bfloat16(), w, b, 2).dtype == torch.bfloat16
+    g, = torch.autograd.grad(fused_group_norm(x, w, b, 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         g.sum().backward()
 
@@ -204,11 +204,13 @@ def test_optimized_network_equals_the_plain_one(checkpointed):
     from bitvae.kernels import checkpoint_activations, unoptimize
 
     net, fast, x = networks()
+    block, blocks, norms = FusedResnetBlock, 7, 16
     if checkpointed:
+        net, fast, x = net[1], fast[1], torch.randn(1, 16, 4, 3, device=DEVICE)
         checkpoint_activations(fast)
+        block, blocks, norms = CheckpointedFusedBlock, 4, 9
     kinds = [type(m) for m in fast.modules()]
-    assert kinds.count(CheckpointedFusedBlock if checkpointed else FusedResnetBlock) == 7
-    assert kinds.count(FusedGroupNorm) == 16
+    assert (kinds.count(block), kinds.count(FusedGroupNorm)) == (blocks, norms)
     exact = copy.deepcopy(net).double()
     exact(x.double()).square().mean().backward()
     y = fast(x)
@@ -274,14 +276,15 @@ def test_transforms_of_an_optimized_network():
 @kernels
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=gpu)])
 def test_compiled_network_has_no_graph_break(backend):
-    fast = networks()[1][1]  # the decoder, which has every kind of layer
+    net, fast, _ = networks()
+    plain, fast = net[1], fast[1]  # the decoder, which has every kind of layer
     x = torch.randn(1, 16, 4, 3, device=DEVICE)
     compiled = torch.compile(fast, fullgraph=True, backend=backend)
-    y, compiled_y = fast(x), compiled(x)
+    y, compiled_y = plain(x), compiled(x)
     torch.testing.assert_close(compiled_y, y, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), y, rtol=1e-4, atol=1e-5)
-    expected = torch.autograd.grad(y.square().mean(), list(fast.parameters()))
+    expected = torch.autograd.grad(y.square().mean(), list(plain.parameters()))
     ours = torch.autograd.grad(compiled_y.square().mean(), list(fast.parameters()))
     for a, e in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-6)
