@@ -288,7 +288,7 @@ def plot_sensitivity(
     count_ticks(heat.xaxis)
     add_colorbar(image, heat).set_label("RMS, gray levels of 255", fontsize=8)
     mean.plot(scales, result.change.nanmean(1), "o-", color="black")
-    mean.set(yscale="log", title="mean over channels", xlabel="scale", ylabel="RMS, gray levels of 255")
+    mean.set(yscale="log", title="mean over channels", xlabel="scale")  # its unit is that of the color bar
     mean.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     mean.yaxis.set_major_formatter("{x:g}")
     mean.yaxis.set_minor_formatter("")
@@ -518,8 +518,8 @@ def plot_extremes(
         ys = [tok.decode(tok.encode(x), p.clamp) for x in xs]
     errors = [error_map(x, y) for x, y in zip(xs, ys, strict=True)]
     name, _, unit = METRIC_TITLES.get(metric, metric).partition(", ")
-    values = [f"{name} {scores[metric][i]:.{2 if unit else 3}f} {unit}" for i in chosen]
-    titles = [f"{Path(results['images'][i]).stem}\n{text}" for i, text in zip(chosen, values, strict=True)]
+    texts = (f"{scores[metric][i]:.2f} {unit}" if unit else f"{name} {scores[metric][i]:.3f}" for i in chosen)
+    titles = [f"{Path(results['images'][i]).stem}\n{text}" for i, text in zip(chosen, texts, strict=True)]
     fig = show_images([*xs, *ys, *errors], titles, columns=len(chosen), width=width)
     for row, name in enumerate(("image", "reconstruction", "error")):
         fig.axes[row * len(chosen)].set_ylabel(name, fontsize=8)

@@ -73,15 +73,17 @@ def main() -> None:
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     train(folder, args.recipe, shown)
 
-    files = held_out_photographs()[:4]
+    few = args.recipe == "smoke"
+    files = held_out_photographs()[: 2 if few else 4]
     images = [torch.cat([load_image(file, 256) for file in files])]
     titles, tables = ["photograph, 256x256"] * len(files), {}
-    print("evaluating it and the bundled tokenizer on four held-out photographs of scikit-image:")
+    print(f"evaluating it and the bundled tokenizer on {len(files)} held-out photographs of scikit-image:")
     for title, run, tokenizer, size in (
         ("trained now", folder, str(folder / "tokenizer"), 128),
         ("bundled", folder / "package", "demo", 256),
     ):
         parameters = {"tokenizer": tokenizer, "images": list(map(str, files)), "resolutions": [size]}
+        parameters |= {"pictures": 1} if few else {}
         with redirect_stdout(io.StringIO()):  # the tables are in the executed notebook
             run_notebook(NOTEBOOKS / "evaluate.ipynb", run / "evaluate.ipynb", folder=str(run), **parameters)
         tok = BitVAE.from_pretrained(tokenizer)
@@ -89,7 +91,7 @@ def main() -> None:
         images.append(torch.cat([tok.decode(tok.encode(load_image(file, size))) for file in files]))
         bits = tok.encode(load_image(files[0], size)).count
         titles += [f"{title}, {size}x{size}, {bits:,} bits"] * len(files)
-    show_images(images, titles, columns=4, width=2.4).savefig(folder / "both.png")
+    show_images(images, titles, columns=len(files), width=2.4).savefig(folder / "both.png")
     minutes = (time.monotonic() - started) / 60
     print(f"\n{summary(tables, files)}\n\nDone in {minutes:.1f} minutes. Files:\n{FILES.format(shown=shown)}")
     print(f"\nWhat to do next:\n{NEXT.format(shown=shown)}")
