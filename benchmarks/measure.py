@@ -7,10 +7,12 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -47,6 +49,30 @@ def interleaved(
 def ratio(times: Mapping[str, Sequence[float]], of: str, to: str) -> float:
     "Return the median time of one candidate as a fraction of another's."
     return float(np.median(times[of]) / np.median(times[to]))
+
+
+@contextmanager
+def object_store(cache: str) -> Iterator[str]:  # address of an empty folder
+    "Run an S3 server on this machine, or without `moto` use a store in memory; copies go into a folder."
+    server, environment = None, {"BITVAE_CACHE": cache}
+    if find_spec("moto") and find_spec("s3fs"):
+        from moto.server import ThreadedMotoServer
+
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        environment |= {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        environment["AWS_DEFAULT_REGION"] = "us-east-1"
+    try:
+        with patch.dict(os.environ, environment):
+            if server:
+                from s3fs import S3FileSystem
+
+                S3FileSystem().mkdir("tokens")
+            yield "s3://tokens" if server else "memory://tokens"
+    finally:
+        if server:
+            server.stop()
 
 
 WATCH = """

@@ -124,6 +124,11 @@ def run_parsed(args: argparse.Namespace) -> int:
             e = f"file names must be UTF-8, rename {summarize_names(names)}"
         print(f"bitvae: {e}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as e:  # Pillow's and NumPy's, PyTorch's
+        if args.debug or not (isinstance(e, MemoryError) or "memory" in str(e)):
+            raise
+        print("bitvae: not enough memory: choose a smaller size or batch", file=sys.stderr)
+        return 1
 
 # %% ../nbs/30_cli.ipynb #96078f75
 def main(arguments: Sequence[str] | None = None) -> int:

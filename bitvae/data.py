@@ -198,6 +198,8 @@ def image_files(
         parts = [image_files(part) for part in source]
         return ImageFiles(pair for part in parts for pair in zip(part, part.origins, strict=True))
     named = {"bundled": bundled_photographs, "held-out": held_out_photographs}
+    if not str(source).strip():
+        raise DataError("no images: the name of the source is empty; `.` is the current folder")
     if source in named:
         return ImageFiles((file, "") for file in named[source]())
     if is_remote(source):

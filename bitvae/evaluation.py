@@ -23,6 +23,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -611,8 +612,10 @@ def check_evaluation(
     "Raise `ValueError` for arguments of `evaluate` that would fail later, or share a row."
     if batch < 1 or sample < 0:
         raise ValueError(f"batch must be at least 1 and sample at least 0, got {batch} and {sample}")
-    if len({f"{rate:g}" for rate in codec_rates}) < len(codec_rates) or not all(r > 0 for r in codec_rates):
-        raise ValueError(f"codec_rates must be positive and differ, got {', '.join(map(str, codec_rates))}")
+    wrong = [rate for rate in codec_rates if not 0 < rate < math.inf]
+    if wrong or len({f"{rate:g}" for rate in codec_rates}) < len(codec_rates):
+        names = ", ".join(map(str, codec_rates))
+        raise ValueError(f"codec_rates must be positive, finite and differ, got {names}")
     for p in protocols:
         with use_schedule(tok, p.mode or tok.quantizer.mode):
             sizes = budget_schedules(tok, p.budget) if p.budget else [(p.size, p.size)]

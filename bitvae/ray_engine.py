@@ -92,7 +92,10 @@ class ShardActor:
 # %% ../nbs/25_ray_engine.ipynb #2ccb7d04
 @contextmanager
 def ray_cluster(address: str | None = None) -> Iterator:
-    "Connect to a cluster, or start one here until the block ends; raise `ImportError` without Ray."
+    """Connect to a cluster, or start one here until the block ends, or use the one that is connected.
+
+    Raises `ImportError` without Ray, `ConnectionError` without a cluster at the address, and `ValueError` if
+    another one is connected."""
     try:
         import ray
         import ray.data
@@ -106,6 +109,8 @@ def ray_cluster(address: str | None = None) -> Iterator:
             ray.init(**place, runtime_env=env, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as e:
             raise ConnectionError(f"no Ray cluster at {address} ({e}): run `ray start --head`") from e
+    elif address not in (None, "", "auto", connected := ray.get_runtime_context().gcs_address):
+        raise ValueError(f"Ray is connected to {connected}, not to {address}: call `ray.shutdown()` first")
     try:
         yield ray
     finally:
@@ -159,6 +164,8 @@ def write_shards_ray(
     pending, facts = iter(todo.items()), {}
     with ray_cluster(address) as ray, whole_blocks():
         resources = ray.cluster_resources()
+        if not resources.get("CPU"):
+            raise ValueError("the Ray cluster has no CPU to read images with: add a node with some")
         actors = actors or int(resources.get("GPU") or resources["CPU"])
         with tqdm(total=count_images(todo), desc="tokenize", unit="image", disable=not show) as bar:
             while window := dict(islice(pending, WINDOW)):

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from children import Child, bitvae, command_line, free_port
 
 from bitvae.evaluation import read_results
 from bitvae.images import bundled_photographs, held_out_photographs, load_image, save_image
+from bitvae.ray_engine import write_shards_ray
 from bitvae.token_dataset import verify_dataset
 
 pytestmark = pytest.mark.slow
@@ -136,6 +138,19 @@ def cluster():
             yield cluster
         finally:
             cluster.shutdown()
+
+
+def test_unsuitable_ray_clusters(monkeypatch):
+    "A cluster without CPUs, and an address of another cluster than the connected one."
+    ray = pytest.importorskip("ray", reason="pip install 'bitvae[ray]'")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1e9})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    for address in (None, "auto", "10.0.0.1:6379"):
+        with pytest.raises(ValueError, match="no CPU"):
+            write_shards_ray(None, {}, None, address=address)
+    with pytest.raises(ValueError, match="connected to 10.0.0.1:6379, not to 10.0.0.2:6379"):
+        write_shards_ray(None, {}, None, address="10.0.0.2:6379")
 
 
 def contents(folder):

@@ -98,8 +98,9 @@ def check(shape, silu=True, dtype=torch.float32, rtol=1e-6):
 
 
 @kernels
-@pytest.mark.parametrize("silu", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "silu"), [*((s, True) for s in SHAPES), *((s, False) for s in SHAPES[1:4])], ids=str
+)
 def test_operator_equals_float64(shape, silu):
     check(shape, silu)
 

@@ -36,7 +36,7 @@ torch.set_num_threads(1)
 config = recipe("d16_stage1", channels=32, discriminator_start=None, perceptual="none",
                 activation_checkpointing=sys.argv[1] == "on")
 t = Trainer(config, Accelerator(cpu=True), init_tokenizer(config))
-x = torch.rand(4, 3, 192, 192) * 2 - 1
+x = torch.rand(2, 3, 192, 192) * 2 - 1
 def peak():  # of this process; getrusage includes the parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = peak()

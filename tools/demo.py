@@ -33,7 +33,7 @@ def train(folder: Path, recipe: str, shown: Path) -> None:
         trained = json.loads((folder / "run.json").read_text())["config"]["name"]
         if trained != recipe:
             sys.exit(f"{shown} holds a run of recipe {trained!r}, not {recipe!r}: choose another --folder")
-        print(f"{shown} holds a finished run: evaluating it. To train again: rm -r {shown}")
+        print(f"{shown} holds a finished run: evaluating it. To train again: rm -r {shown}", flush=True)
         return
     if (folder / "run.json").exists():
         print(f"{shown} holds an unfinished run: resuming it. To start again: rm -r {shown}")
