@@ -192,8 +192,8 @@ class Tabs(Panel):
 
 # %% ../../nbs/viewer/24_app.ipynb #c45acd52
 HEADING = """<h2 style="margin: 4px 0">Bits of an image, coarse to fine</h2>
-You see an image, and what is left of it when it is stored as a few thousand bits, in scales from coarse to
-fine. Start with the tour, or move the slider."""
+You see an image, and what is left of it when it is stored as bits, in scales from coarse to fine. Start with
+the tour, or move the slider. The tokenizer “demo” is small: faces and text suffer first."""
 
 # %% ../../nbs/viewer/24_app.ipynb #2b83f171
 class Viewer:
@@ -314,7 +314,10 @@ PAGE_TEMPLATE = """
   {{ super.super() }}
   {{ resources.include_css("static/theme-dark.css") |
      replace("<link", "<link media='(prefers-color-scheme: dark)'") }}
-  <style>body { background: var(--jp-layout-color0) } .jp-mod-noOutputs { display: none }</style>
+  <style>body { background: var(--jp-layout-color0) } .jp-mod-noOutputs { display: none }
+    .theme-dark { --jp-widgets-dropdown-arrow: url("data:image/svg+xml,%3Csvg xmlns=\
+'http://www.w3.org/2000/svg' viewBox='0 0 18 18'%3E%3Cpath d='M5 7l4 4 4-4' fill='none' stroke='white'/%3E\
+%3C/svg%3E") }</style>
 {% endblock %}
 {% block body_header %}
   {{ super() }}

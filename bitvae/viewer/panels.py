@@ -260,9 +260,10 @@ def show_images(self: ImagesPanel) -> None:
     session, k, y = self.session, self.k, self.session.image(self.k)
     reference = session.image(k, session.states[0]) if self.kind.index else session.x
     images = session.x, y, error_map(reference.cpu(), y.cpu())
-    captions = ["original", f"{k} of {session.scales} scales"]
-    unedited = self.kind.index and not session.state.edits
-    captions.append("no edits yet" if unedited else f"{self.kind.value} (white: 64 levels)")
+    edited = ", edited" if session.state.edits else ""
+    captions = ["original", f"{k} of {session.scales} scales{edited}"]
+    nothing = self.kind.index and not edited
+    captions.append("no edits yet" if nothing else f"{self.kind.value} (white: 64 of 255 or more)")
     alts = "the original", f"reconstruction from {k} scales", f"map of the {self.kind.value}"
     self.compare.show([to_image(image) for image in images], captions, alts)
 
@@ -394,14 +395,16 @@ class BitsPanel(Panel):
         super().__init__(state)
         self.edits, self.planes = EditsPanel(state, others, size), ImageWidget(width=720)
         self.title, self.python, self.drawn = W.HTML(), CodeWidget(), None
-        self.effect = ImageWidget(width=200)
+        self.effect, self.change, self.changed = ImageWidget(width=200), ImageWidget(width=200), W.HTML()
         self.planes.on_click(self.click)
         self.edits.scales.observe(lambda change: self.draw_planes(), "value")
         first = W.VBox([self.title, self.planes], layout={"flex": "1 1 260px", "max_width": "720px"})
         heads = W.HTML("<b>the reconstruction</b>"), W.HTML("<b>the same in Python</b>")
-        last = W.VBox([heads[0], self.effect, heads[1], self.python], layout={"flex": "1 1 260px"})
+        parts = [heads[0], self.effect, self.changed, self.change, heads[1], self.python]
+        last = W.VBox(parts, layout={"flex": "1 1 260px"})
         text = "Each square is a channel of one scale, white 1 and black 0. Click a bit, or move to it with "
-        text += "the arrow keys and press Enter: it flips, and the reconstruction shows the effect."
+        text += "the arrow keys and press Enter: it flips, and the images beside show the effect. Choose one "
+        text += "channel to see it larger."
         self.box = W.VBox([W.HTML(paragraph(text)), W.HBox([first, self.edits.box, last], layout=WRAP)])
 
     @property
@@ -414,8 +417,21 @@ class BitsPanel(Panel):
         "Show the choices, the planes, and the Python code."
         self.edits.refresh()
         self.draw_planes()
-        self.effect.show(to_image(self.session.image(self.k)), "small copy of the reconstruction")
+        self.show_effect()
         self.python.value = self.session.code()
+
+# %% ../../nbs/viewer/23_panels.ipynb #78101000
+@patch
+def show_effect(self: BitsPanel) -> None:
+    "Show a small copy of the reconstruction, and what the last edit changed in it."
+    session, y = self.session, self.session.image(self.k)
+    self.effect.show(to_image(y), "small copy of the reconstruction")
+    known = len(session.states) > 1 and self.k in session.states[-2].images
+    self.changed.value = "<b>change by the last edit</b> (gray: none)" if known else ""
+    self.change.layout.display = None if known else "none"
+    if known:
+        before = session.image(self.k, session.states[-2])
+        self.change.show(to_image(difference(before, y)), "change by the last edit")
 
 # %% ../../nbs/viewer/23_panels.ipynb #f09e14ee
 @patch
@@ -581,6 +597,7 @@ def show(self: SensitivityPanel, result: Sensitivity) -> None:
     "Show a partial result."
     self.result, self.map.value = result, heat_map(result)
     self.progress.max, self.progress.value = result.total, result.tried
+    self.progress.description = f"{result.tried} of {result.total}" if result.tried else ""
 
 # %% ../../nbs/viewer/23_panels.ipynb #96ee9bea
 class SavePanel(Panel):
@@ -687,7 +704,8 @@ def mix(self: TourPanel) -> None:
     self.edits.take()
     name = html.escape(self.edits.other.value.name)
     text = (
-        f"Scales 0 to {n - 1} come from {name}, the later ones from the image itself: colors and layout are "
-        "those of the other image, edges those of the original. Choose “change by edits” to see what changed."
+        f"Scales 0 to {n - 1} come from {name}, the later ones from the image itself: the colors turn toward "
+        "those of the other image, shapes and edges stay. With the slider at fewer scales it shows more. "
+        "Choose “change by edits” to see what changed."
     )
     self.explain(beside_image(load_limited(self.edits.other.value.file, 96), text))

@@ -24,9 +24,9 @@ function nearest(stops, v, way = 0) {  // index of the stop nearest to v, the on
   stops.forEach((s, j) => { if (Math.abs(s - v) < Math.abs(stops[i] - v)) i = j; });
   return Math.min(stops.length - 1, Math.max(0, i + way));
 }
-function placeName({ h, w, columns, channels }, x, y) {  // x and y are indices of stops
+function placeName({ h, w, columns, channels }, x, y, kind) {  // x and y are indices of stops
   const channel = channels?.[Math.floor(y / h) * columns + Math.floor(x / w)];
-  return channel === undefined ? "" : `channel ${channel}, row ${y % h}, column ${x % w}`;
+  return channel === undefined ? "" : `${kind}: channel ${channel}, row ${y % h}, column ${x % w}`;
 }
 const channelNames = (channels) => channels.length > 1 ?
   `channels ${channels[0]} to ${channels[channels.length - 1]}, in reading order` : `channel ${channels[0]}`;
@@ -37,17 +37,18 @@ IMAGE_JS += """
 function pointer(model, mark, line) {  // where the mark is, and the name of the bit there
   let at = [0.5, 0.5];
   const indices = (v, way = [0, 0]) => model.get("stops").map((stops, i) => nearest(stops, v[i], way[i]));
-  const describe = (v) => {
-    const { channels } = model.get("planes");
-    line.textContent = (v && placeName(model.get("planes"), ...indices(v))) || channelNames(channels ?? []);
-    line.hidden = !channels;
+  const describe = (v, kind) => {
+    const planes = model.get("planes");
+    line.textContent = (v && placeName(planes, ...indices(v), kind)) || channelNames(planes.channels ?? []);
+    line.hidden = !planes.channels;
   };
+  const rest = () => describe(mark.hidden ? null : at, "marked");
   const move = (from, arrow = [0, 0]) => {
     at = indices(from, arrow).map((i, n) => model.get("stops")[n][i] ?? from[n]);
     mark.style.left = 100 * at[0] + "%"; mark.style.top = 100 * at[1] + "%"; mark.hidden = false;
-    describe(at);
+    rest();
   };
-  return { describe, move, position: () => at, rest: () => describe(mark.hidden ? null : at) };
+  return { describe, move, position: () => at, rest };
 }
 """
 
@@ -79,7 +80,7 @@ function render({ model, el }) {
     return [(e.clientX - r.left) / r.width, (e.clientY - r.top) / r.height];
   };
   img.addEventListener("click", (e) => { if (model.get("interactive")) { move(mouse(e)); click(); } });
-  img.addEventListener("pointermove", (e) => describe(mouse(e)));
+  img.addEventListener("pointermove", (e) => describe(mouse(e), "under the pointer"));
   img.addEventListener("pointerleave", rest);
   box.addEventListener("keydown", (e) => {
     if (!model.get("interactive")) return;
@@ -267,7 +268,8 @@ COMPARE_CSS = BUTTON_CSS + """
 .bitvae-frame:focus-visible { outline: 3px solid #d55e00; outline-offset: 1px; }
 .bitvae-frame img { width: 100%; aspect-ratio: var(--ratio, 1); transform-origin: 0 0; }
 .bitvae-frame img.bitvae-pixels { image-rendering: pixelated; }
-.bitvae-divider { display: none; margin: 0; grid-area: 2 / 1; max-width: calc(60vh * var(--ratio, 1)); }
+.bitvae-divider { display: none; margin: 0; grid-area: 2 / 1; max-width: calc(60vh * var(--ratio, 1));
+  accent-color: #d55e00; }
 .bitvae-swipe .bitvae-divider { display: block; }
 .bitvae-swipe :is(.bitvae-original, .bitvae-reconstruction) { grid-area: 1 / 1; }
 .bitvae-swipe .bitvae-reconstruction { z-index: 1; }
