@@ -50,7 +50,7 @@ def command(*arguments: Callable[[argparse.ArgumentParser], object]) -> Callable
 
     return register
 
-
+# %% ../nbs/30_cli.ipynb #849c6691
 TOKENIZER = argument("--tokenizer", default="demo", help=HELP["tokenizer"])
 PROCESSES = argument("--processes", type=int, default=1, metavar="N",
                      help="processes on this machine, such as one per GPU")  # fmt: skip

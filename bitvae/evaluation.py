@@ -23,7 +23,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -612,7 +611,7 @@ def check_evaluation(
     "Raise `ValueError` for arguments of `evaluate` that would fail later, or share a row."
     if batch < 1 or sample < 0:
         raise ValueError(f"batch must be at least 1 and sample at least 0, got {batch} and {sample}")
-    wrong = [rate for rate in codec_rates if not 0 < rate < math.inf]
+    wrong = [rate for rate in codec_rates if not 0 < rate < float("inf")]
     if wrong or len({f"{rate:g}" for rate in codec_rates}) < len(codec_rates):
         names = ", ".join(map(str, codec_rates))
         raise ValueError(f"codec_rates must be positive, finite and differ, got {names}")

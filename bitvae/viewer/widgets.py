@@ -58,8 +58,7 @@ function render({ model, el }) {
   const [box, img, mark, line] = ["div", "img", "div", "div"].map((tag) => document.createElement(tag));
   box.className = "bitvae-image"; mark.className = "bitvae-mark"; mark.hidden = true;
   line.className = "bitvae-place"; line.setAttribute("role", "status");
-  box.append(img, mark); el.append(box, line);
-  box.dataset.lmSuppressShortcuts = "true";
+  box.append(img, mark); el.append(box, line); box.dataset.lmSuppressShortcuts = "true";
   const { describe, move, position, rest } = pointer(model, mark, line);
   const show = () => {
     URL.revokeObjectURL(img.src);
