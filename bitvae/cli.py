@@ -125,7 +125,8 @@ def run_parsed(args: argparse.Namespace) -> int:
         print(f"bitvae: {e}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as e:  # Pillow's and NumPy's, PyTorch's
-        if args.debug or not (isinstance(e, MemoryError) or "memory" in str(e)):
+        full = isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e))
+        if args.debug or not full:
             raise
         print("bitvae: not enough memory: choose a smaller size or batch", file=sys.stderr)
         return 1

@@ -55,8 +55,8 @@ def torchrun_command(
     "Return the command that starts the ranks of this machine; raise `ValueError`."
     if processes < 1 or nodes < 1:
         raise ValueError(f"processes and nodes must be at least 1, got {processes} and {nodes}")
-    place = re.fullmatch(r"\S+:(\d{1,5})", rendezvous)
-    if nodes > 1 and not (place and 0 < int(place[1]) < 2**16):
+    port = re.fullmatch(r"\S+:(\d{1,5})", rendezvous)
+    if nodes > 1 and not (port and 0 < int(port[1]) < 2**16):
         raise ValueError(f"{nodes} nodes need a rendezvous, host:port of one of them, got {rendezvous!r}")
     meeting = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint {rendezvous} --rdzv-id bitvae"
     address = own_address(rendezvous.rpartition(":")[0]) if nodes > 1 else "127.0.0.1"

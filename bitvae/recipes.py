@@ -166,7 +166,7 @@ def lr_multiplier(config: TrainConfig, step: int) -> float:  # in [0, 1]; steps 
         return (step + 1) / warmup
     if config.lr_decay == "step":
         return 1.0 if step < config.lr_drop * config.steps else 0.1
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup))) / 2
+    return (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup))) / 2
 
 # %% ../nbs/09_recipes.ipynb #e13c44ec
 def published_stages(dim: int) -> tuple[TrainConfig, TrainConfig]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WIDGET_ERRORS', 'BUSY', 'WRAP', 'TOGGLES', 'JOBS', 'BUTTONS', 'CHART_STYLE', 'HEAT_STYLE', 'HEAT_SPAN', 'ViewerState',
            'Panel', 'paragraph', 'scale_name', 'Job', 'end_jobs', 'thumbnails', 'ScaleStrip', 'ImagesPanel',
-           'channel_options', 'draw_channels', 'grid_names', 'EditsPanel', 'BitsPanel', 'scale_charts', 'ScalePanel',
-           'heat_map', 'exclusively', 'SensitivityPanel', 'SavePanel', 'TourPanel', 'beside_image']
+           'channel_options', 'draw_channels', 'grid_names', 'EditsPanel', 'BitsPanel', 'small_copy', 'scale_charts',
+           'ScalePanel', 'heat_map', 'exclusively', 'SensitivityPanel', 'SavePanel', 'TourPanel', 'beside_image']
 
 # %% ../../nbs/viewer/23_panels.ipynb #a3c164e2
 import atexit
@@ -421,17 +421,23 @@ class BitsPanel(Panel):
         self.python.value = self.session.code()
 
 # %% ../../nbs/viewer/23_panels.ipynb #78101000
+def small_copy(x: Tensor, side: int = 400) -> Image.Image:
+    "Return an image (1, 3, H, W), shrunk to a side: two pixels for each of the page."
+    (image := to_image(x)).thumbnail((side, side))
+    return image
+
+# %% ../../nbs/viewer/23_panels.ipynb #c017eca1
 @patch
 def show_effect(self: BitsPanel) -> None:
     "Show a small copy of the reconstruction, and what the last edit changed in it."
     session, y = self.session, self.session.image(self.k)
-    self.effect.show(to_image(y), "small copy of the reconstruction")
+    self.effect.show(small_copy(y), "small copy of the reconstruction")
     known = len(session.states) > 1 and self.k in session.states[-2].images
     self.changed.value = "<b>change by the last edit</b> (gray: none)" if known else ""
     self.change.layout.display = None if known else "none"
     if known:
         before = session.image(self.k, session.states[-2])
-        self.change.show(to_image(difference(before, y)), "change by the last edit")
+        self.change.show(small_copy(difference(before, y)), "change by the last edit")
 
 # %% ../../nbs/viewer/23_panels.ipynb #f09e14ee
 @patch

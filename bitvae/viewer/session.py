@@ -169,8 +169,10 @@ def push(self: EditSession, edits: tuple[tuple[BitEdit, str], ...], correct: boo
     "Push a new state and drop the images of old ones; if an edit raises, nothing changes."
     edit, original = chain_edits(*(e for e, _ in edits)), self.states[0].bits
     bits = self.quantize(edit) if correct and edits else edit_bits(original, edit)
-    images = {k: image for state in (self.states[0], self.state) for k, image in state.images.items()
-              if k <= common_scales(state.bits, bits)}  # fmt: skip
+    images = {}
+    for state in (self.states[0], self.state):
+        same = common_scales(state.bits, bits)
+        images |= {k: image for k, image in list(state.images.items()) if k <= same}  # a job may add some
     self.states.append(SessionState(bits, edits, correct, images))
     for old in self.states[1:-keep]:
         old.images.clear()
