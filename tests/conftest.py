@@ -19,6 +19,22 @@ def golden():
     )
 
 
+LONGEST = ("test_viewer", "test_clusters", "test_demo", "test_processes", "test_repository")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first and the quick ones last, in each half of the list.
+
+    A worker of pytest-xdist starts with one half. One that is done takes tests of the other, but not its
+    next one: with long tests at the end, it would wait for two of them.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    quick = [item for item in items if item not in slow]
+    slow.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+    s, q = len(slow) // 2, len(quick) // 2
+    items[:] = slow[:s] + quick[:q] + slow[s:] + quick[q:]
+
+
 def pytest_sessionstart(session):
     session.config.started = time.time()
 

@@ -130,7 +130,8 @@ def cluster():
         for name, value in RAY.items():
             patch.setenv(name, value)
         node = {"num_cpus": 1, "object_store_memory": 100 << 20}
-        head = node | {"num_cpus": 0, "include_dashboard": False}
+        checks = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}  # of 3000 and 5
+        head = node | {"num_cpus": 0, "include_dashboard": False, "_system_config": checks}
         cluster = retry(Cluster, initialize_head=True, head_node_args=head)
         cluster.add_worker = partial(retry, cluster.add_node, **node)
         try:

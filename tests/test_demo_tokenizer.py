@@ -35,7 +35,8 @@ def results(tok, tmp_path_factory, worker_id):
     file = (folder if worker_id == "master" else folder.parent) / "demo-results.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
-            made = evaluate(tok, "held-out", "clamped", ["psnr", "ssim", "efficientnet"], codec_rates=(0.13,))
+            rates, metrics = (0.13, 0.25), ["psnr", "ssim", "efficientnet"]
+            made = evaluate(tok, "held-out", "clamped", metrics, codec_rates=rates)
             file.write_text(json.dumps(made))
     return json.loads(file.read_text())
 
@@ -117,6 +118,17 @@ def test_card_describes_these_weights(results):
         assert row["psnr"] == pytest.approx(protocol_rows(kept)[name]["psnr"], abs=0.02)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", card):
         assert (CARD / link).exists(), link
+
+
+@pytest.mark.slow
+def test_readme_shows_these_results(results):
+    _, _, table = (ROOT / "README.md").read_text().partition("bits/pixel  PSNR, dB      SSIM\n")
+    table = table.partition("\n\n")[0]
+    shown = {line[:19].strip(): list(map(float, line.split()[-2:])) for line in table.splitlines()}
+    rows = {name.replace("colour", "color"): row for name, row in protocol_rows(results).items()}
+    assert shown.keys() == rows.keys()
+    for name, row in rows.items():
+        assert shown[name] == pytest.approx([row["psnr"], row["ssim"]], abs=0.02), name
 
 
 @pytest.mark.slow

@@ -95,8 +95,8 @@ def screenshot(page, name):
     assert (folder / name).stat().st_size > 20_000
 
 
-def use_viewer(page, tmp_path, name):
-    "Use every part of the viewer; the same in JupyterLab and on the page."
+def use_viewer(page, name):
+    "Select scales, flip bits and undo; the same in JupyterLab and on the page."
     from playwright.sync_api import expect
 
     expect(page.get_by_text("10 of 10 scales (32x32)")).to_be_visible()
@@ -144,10 +144,6 @@ def use_viewer(page, tmp_path, name):
     expect(page.get_by_text("edits: 0")).to_be_visible()
     expect(correct).not_to_be_checked()
     expect(page.get_by_role("button", name="undo")).to_be_disabled()
-    upload(page, tmp_path)
-    screenshot(page, f"{name}-upload.png")
-    save(page, tmp_path)
-    measure(page)
 
 
 def take_tour(page):
@@ -221,33 +217,28 @@ def choose_scales(page):
     expect(page.get_by_text("Fill(scales=(2,)")).to_be_visible()
 
 
-def click_while_loading(page):
-    "Clicks on an image that is being replaced flip no bit of the next one."
+def change_resolution(page):
+    """Clicks on an image that is being replaced flip no bit of the next one.
+
+    The page says that it works, and an action does not wait for the thumbnails of a large image.
+    """
     from playwright.sync_api import expect
 
     planes, sizes = page.locator('img[alt^="bit planes"]'), page.get_by_label("resolution")
-    for size, scales in (("512", "13 of 13"), ("256", "10 of 10")):
-        sizes.select_option(size)
-        planes.click(position={"x": 5, "y": 5})
-        expect(page.get_by_text(f"{scales} scales (")).to_be_visible()
-    page.wait_for_timeout(500)
-    expect(page.get_by_text("edits: 0")).to_be_visible()
-
-
-def interrupt_strip(page):
-    "The page says that it works, and an action does not wait for the thumbnails of a large image."
-    from playwright.sync_api import expect
-
     busy, made = page.locator(".bitvae-busy"), page.locator('.bitvae-strip img[src^="blob:"]')
-    page.get_by_label("resolution").select_option("512")
+    sizes.select_option("512")
+    planes.click(position={"x": 5, "y": 5})
     expect(busy).to_be_visible(timeout=1000)
     expect(page.get_by_text("13 of 13 scales (")).to_be_visible(timeout=90_000)
     expect(busy).to_be_hidden()
     page.get_by_role("button", name="to scale 3").click()
     expect(page.get_by_text("4 of 13 scales (")).to_be_visible(timeout=90_000)
     assert made.count() < 13
-    page.get_by_label("resolution").select_option("256")
+    sizes.select_option("256")
+    planes.click(position={"x": 5, "y": 5})
     expect(page.get_by_text("10 of 10 scales (")).to_be_visible(timeout=90_000)
+    page.wait_for_timeout(500)
+    expect(page.get_by_text("edits: 0")).to_be_visible()
 
 
 def upload(page, tmp_path):
@@ -301,6 +292,8 @@ def measure(page):
 
 @needs_browser
 def test_in_jupyterlab(page, tmp_path):
+    from playwright.sync_api import expect
+
     (tmp_path / "nb").mkdir()
     shutil.copy(ROOT / "nbs" / "experiments" / "view.ipynb", tmp_path / "nb")
     cells = json.loads((tmp_path / "nb" / "view.ipynb").read_text())
@@ -322,7 +315,9 @@ def test_in_jupyterlab(page, tmp_path):
         page.wait_for_function("""async () => { const p = window.jupyterapp.shell.currentWidget;
             await p.sessionContext.ready; return !!p.sessionContext.session?.kernel }""")
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        use_viewer(page, tmp_path, "lab")
+        use_viewer(page, "lab")
+        page.get_by_role("tab", name="one scale").click()
+        expect(page.get_by_text("residual energy: ")).to_be_visible()
         dark = "'apputils:change-theme', {theme: 'JupyterLab Dark'}"
         page.evaluate(f"window.jupyterapp.commands.execute({dark})")
         page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
@@ -358,6 +353,7 @@ def test_as_a_page(page, tmp_path):
     with running([*command, "--port", str(free_port())]) as server:
         address = server.stdout.readline().split()[0]
         requests = []
+        page.goto("about:blank")  # leaves JupyterLab, which asks its own server
         page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
         page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -365,9 +361,12 @@ def test_as_a_page(page, tmp_path):
         compare(page)
         choose_scales(page)
         page.get_by_role("button", name="reset").click()
-        click_while_loading(page)
-        interrupt_strip(page)
-        use_viewer(page, tmp_path, "page")
+        change_resolution(page)
+        use_viewer(page, "page")
+        upload(page, tmp_path)
+        screenshot(page, "page-upload.png")
+        save(page, tmp_path)
+        measure(page)
         here = address.split("?")[0], "blob:", "data:", address.split("?")[0].replace("http", "ws")
         assert [url for url in requests if not url.startswith(here)] == []
     with running([*command, str(tmp_path / "maroon.png"), "--port", str(free_port())]) as server:
