@@ -17,7 +17,7 @@ retrain-demo: .venv/installed
 bench: .venv/installed
 	folder=benchmarks/speed/$$($(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability().lower())"); \
 	mkdir -p $$folder && $(BIN)/bitvae run nbs/experiments/benchmark.ipynb $$folder/benchmark.ipynb --set folder=$$folder --set width=128 --set size=256 \
-		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set images=64 --set small=128 --set compiled=true --set large=4096 --set large_width=128 \
+		--set rounds=3 --set 'dims=[16,32,64]' --set 'latents=[16,32,64]' --set images=64 --set small=128 --set compiled=true --set memory=true $(if $(LARGE),--set large=$(LARGE) --set large_width=128) \
 		--set 'counted=[]'
 
 gpu:  # with the machine's own python3 and torch
