@@ -46,6 +46,8 @@ class Protocol:
     def __post_init__(self):
         object.__setattr__(self, "lpips", tuple(self.lpips))
         check_protocol(self)
+        object.__setattr__(self, "lpips", tuple(net for net in LPIPS_NETS if net in self.lpips))
+        object.__setattr__(self, "ssim_range", float(self.ssim_range))  # equal protocols, equal hashes
 
     def __str__(self) -> str: return f"{self.name} {self.budget or self.size}"
 
