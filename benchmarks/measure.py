@@ -1,6 +1,7 @@
 """Times as ratios, peak memory, machine and peers, for `nbs/experiments/benchmark.ipynb`."""
 
 import json
+import logging
 import os
 import platform
 import random
@@ -58,6 +59,7 @@ def object_store(cache: str) -> Iterator[str]:  # address of an empty folder
     if find_spec("moto") and find_spec("s3fs"):
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)  # no line for each request
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
         endpoint = "http://{}:{}".format(*server.get_host_and_port())

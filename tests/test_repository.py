@@ -119,6 +119,7 @@ def test_executed_notebook_is_fit_to_commit(notebook):
     assert any(c["outputs"] for c in cells) and not any(
         o["output_type"] == "error" for c in cells for o in c["outputs"]
     )
+    assert not [o for c in cells for o in c["outputs"] if o.get("name") == "stderr"]  # logs and warnings
     text = json.dumps(
         [
             [c["source"], *([o.get("text"), o.get("data", {}).get("text/plain")] for o in c["outputs"])]
