@@ -171,10 +171,12 @@ def test_a_signal_ends_the_wait_for_threads(monkeypatch, work):
         monkeypatch.setattr(f"bitvae.{reader}", lambda *_: time.sleep(20))
     started, previous = time.monotonic(), signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):  # also where a shell started the tests with SIGINT ignored
-        work()
+    try:
+        with pytest.raises(KeyboardInterrupt):  # also where a shell started the tests with SIGINT ignored
+            work()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert time.monotonic() - started < 10
-    signal.signal(signal.SIGINT, previous)
 
 
 def load_with_few_open_files():
