@@ -20,7 +20,7 @@ HELP = {  # texts that several commands share
     "tokenizer": "a folder, a checkpoint, or a name such as demo",
     "mode": "scale schedule, such as dynamic or dense (default: the tokenizer's own)",
     "size": "side of the center crop",
-    "labels": "file with one class number per line, in the order of file names",
+    "labels": "file with one class number per image, in the order of the list or of `bitvae make-list`",
 }
 
 # %% ../nbs/14_arguments.ipynb #27f52176
@@ -81,7 +81,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     add("--latents", action="store_true", help="also keep the latents, for exact teacher forcing after flips")
     add("--engine", choices=("local", "ray"), default="local",
         help="processes of this command, or those of a Ray cluster; the shards are the same")
-    address = "address of a running Ray cluster (default: start one on this machine)"
+    address = "address of a running Ray cluster (default: $RAY_ADDRESS, or start one on this machine)"
     add("--ray-address", metavar="ADDRESS", help=address)
     actors = "Ray processes that encode (default: one per GPU, without a GPU one per CPU core)"
     add("--actors", type=int, metavar="N", help=actors)

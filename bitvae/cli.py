@@ -31,7 +31,7 @@ from . import __version__
 from .arguments import HELP, add_evaluate_arguments, add_tokenize_arguments, format_arguments
 from .config import PRECISIONS
 from .recipes import HelpFormatter, add_train_arguments, parse_setting
-from .storage import atomic_write, staging_path
+from .storage import atomic_write, is_remote, staging_path, to_path
 
 # %% ../nbs/30_cli.ipynb #8221d4aa
 COMMANDS = {}  # name: function of the parsed arguments, functions that add arguments to a parser
@@ -231,7 +231,7 @@ def bits_files(files: Sequence[str], folder: str | None) -> list[tuple[str, str]
     "Pair images with the files to write; raise `ValueError` if it is unclear where to."
     from bitvae.bitstream import is_bits_file
 
-    pairs = [(file, str(Path(folder or "", Path(file).stem + ".bits"))) for file in files]
+    pairs = [(file, str(to_path(folder or "") / f"{Path(file).stem}.bits")) for file in files]
     if folder is None:
         if len(files) != 2:
             raise ValueError("give an image and a bits file, or images and --folder for their bits files")
@@ -242,8 +242,8 @@ def bits_files(files: Sequence[str], folder: str | None) -> list[tuple[str, str]
         if os.path.isfile(bits) and os.path.getsize(bits) and not is_bits_file(bits):
             raise ValueError(f"{bits} exists and is no bits file: "
                              "choose another name, or give images and --folder for their bits files")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    if folder and not is_remote(folder):
+        to_path(folder).mkdir(parents=True, exist_ok=True)
     return pairs
 
 # %% ../nbs/30_cli.ipynb #9cadd3d0
@@ -558,8 +558,6 @@ def find_notebook(
                   default=[], metavar="NAME=VALUE", help="value of a parameter; may be repeated"))
 def run_command(args: argparse.Namespace) -> None:
     "Run a notebook with papermill; parameters that it does not have are errors."
-    from bitvae.storage import is_remote
-
     notebook = find_notebook(args.notebook)
     known, parameters = notebook_parameters(notebook), {}
     for name, value, text in args.set:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Source', 'SHARD_NAME', 'SHARDS_ALONE', 'DEFAULT_CROP_RULE', 'COMPRESSIONS', 'Member', 'Images', 'RGB_TO_YIQ',
-           'DataError', 'warn', 'ImageFiles', 'is_label', 'read_list', 'image_suffixes', 'is_image', 'is_hidden',
-           'walk_images', 'remote_images', 'image_files', 'CropRule', 'crop_square', 'jitter_colors', 'random_crop',
-           'CropPlan', 'epoch_order', 'ImageCache', 'SkippedImages', 'Crop', 'collate', 'RandomCrops', 'HubImages',
-           'hub_images', 'is_web', 'Shards', 'open_shard', 'tar_members', 'sample_images', 'ShardImage', 'read_member',
-           'tar_images', 'image_column', 'parquet_images', 'shard_images', 'shuffle_images', 'ShardCrops',
-           'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading', 'pack_crop', 'crop_loader',
-           'zoom_levels', 'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders', 'image_labels', 'write_list']
+           'YIQ_TO_RGB', 'DataError', 'warn', 'ImageFiles', 'is_label', 'read_list', 'image_suffixes', 'is_image',
+           'is_hidden', 'walk_images', 'remote_images', 'image_files', 'CropRule', 'crop_square', 'jitter_colors',
+           'random_crop', 'CropPlan', 'epoch_order', 'ImageCache', 'check_folder', 'SkippedImages', 'Crop', 'collate',
+           'RandomCrops', 'HubImages', 'hub_images', 'is_web', 'match_shards', 'Shards', 'open_shard', 'tar_members',
+           'sample_images', 'ShardImage', 'read_member', 'tar_images', 'image_column', 'parquet_images', 'shard_images',
+           'shuffle_images', 'ShardCrops', 'open_source', 'fingerprint', 'leave_group', 'read_items', 'reading',
+           'pack_crop', 'crop_loader', 'zoom_levels', 'stored_sizes', 'DeviceCrops', 'jitter_batch', 'class_folders',
+           'image_labels', 'write_list']
 
 # %% ../nbs/08_data.ipynb #2d96b5d6
 import bz2
@@ -52,7 +53,7 @@ from .config import as_tuple
 from .images import bundled_photographs, held_out_photographs, ImageBytes, ImageError
 from .images import cut_long_sides, fetch_image, from_uint8, jpeg_size
 from .images import read_pixels, resize_pixels, to_tensor, to_uint8
-from .storage import atomic_write, is_remote, list_objects, local_file, read_file
+from .storage import atomic_write, is_remote, list_objects, local_file, path_exists, read_file
 from .storage import StorageError, to_path
 
 # %% ../nbs/08_data.ipynb #1d3f5309
@@ -172,7 +173,7 @@ def remote_images(
         return read_list(address)
     if is_image(address):
         return ImageFiles([(address, "")])
-    found = list_objects(address)
+    found = sorted(list_objects(address), key=PurePath)  # as on a disk: folder by folder
     inner = [PurePath(a).relative_to(PurePath(address)) for a in found]
     images = [a for a, path in zip(found, inner, strict=True)
               if is_image(a) and not any(map(is_hidden, path.parts))]  # fmt: skip
@@ -342,6 +343,18 @@ class ImageCache(dict):
                 self[str(file), scale] = pixels
         return pixels
 
+# %% ../nbs/08_data.ipynb #d2c686af
+def check_folder(folder: Path) -> None:
+    "Raise `DataError` if an image's folder is gone or empty."
+    try:
+        found = any(os.scandir(folder))
+    except PermissionError:
+        found = True
+    except OSError:
+        found = False
+    if not found:
+        raise DataError(f"the folder {folder} is gone or empty: bring it back and resume")
+
 # %% ../nbs/08_data.ipynb #0ae85425
 class SkippedImages(list):
     "Names and reasons of images skipped in a row; raises `DataError` at the limit."
@@ -350,8 +363,8 @@ class SkippedImages(list):
 
     def skip(self, image: Path | ImageBytes | str, error: Exception | str) -> None:
         "Record one image; the reason names it exactly once."
-        if isinstance(image, Path) and not image.parent.exists():
-            raise DataError(f"the folder {image.parent} is gone: bring it back and resume")
+        if isinstance(image, Path):
+            check_folder(image.parent)
         self.append((str(image), str(error) if str(image) in str(error) else f"{image}: {error}"))
         if len(self) >= self.limit:
             raise DataError(f"{len(self)} images in a row cannot be used, the last one: {self[-1][1]}")
@@ -470,6 +483,18 @@ def is_web(url: str) -> bool:
     "Return whether a web server or a command provides a shard: `webdataset` reads it."
     return url.startswith(("http:", "https:", "pipe:"))
 
+# %% ../nbs/08_data.ipynb #0f56dcf6
+def match_shards(url: str) -> list[str]:
+    "Return the shards that a pattern names, sorted, or a URL as it is; raise `FileNotFoundError` for none."
+    exists = path_exists if is_remote(url) else os.path.isfile  # then `*?[` belong to its name
+    if is_web(url) or not set("*?[") & set(url) or exists(url):
+        return [url]
+    folder, name = os.path.split(url)
+    pattern = os.path.join(glob.escape(folder), name) if Path(folder).is_dir() else url
+    if not (found := list_objects(url, True) if is_remote(url) else sorted(glob.glob(pattern))):
+        raise FileNotFoundError(f"no such shards: {url}")
+    return found
+
 # %% ../nbs/08_data.ipynb #9bda96ce
 class Shards:
     "Images in tar or Parquet files, read as a stream; raises `FileNotFoundError` or `ImportError`."
@@ -479,16 +504,9 @@ class Shards:
             from braceexpand import braceexpand
         except ImportError as e:
             raise ImportError("tar shards need one more package: pip install webdataset") from e
-        self.urls, sources = [], [os.path.expanduser(s) for s in sources]
-        for url in (u for s in sources for u in ([s] if Path(s).is_file() else braceexpand(s))):
-            folder, name = os.path.split(url)
-            pattern = os.path.join(glob.escape(folder), name) if Path(folder).is_dir() else url
-            if not set("*?[") & set(url) or is_web(url) or Path(url).is_file():
-                self.urls.append(url)
-            else:
-                self.urls += list_objects(url) if is_remote(url) else sorted(glob.glob(pattern))
-        if not self.urls:
-            raise FileNotFoundError(f"no such shards: {' '.join(sources)}")
+        sources = [os.path.expanduser(s) for s in sources]
+        expanded = (u for s in sources for u in ([s] if Path(s).is_file() else braceexpand(s)))
+        self.urls = [url for pattern in expanded for url in match_shards(pattern)]
         files = [url for url in self.urls if not (is_web(url) or is_remote(url))]
         if missing := [file for file in files if not Path(file).is_file()]:
             raise FileNotFoundError(f"no such shard: {missing[0]}")
@@ -519,6 +537,8 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
             yield copy(opener(file)) if opener else file
     except StorageError:
         raise
+    except (FileNotFoundError, PermissionError) as e:
+        raise DataError(f"cannot read {url} ({e.strerror or e}): bring it back, or change its mode") from e
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(e.errno, f"cannot copy {url} to {tempfile.gettempdir()}: free disk space") from e
@@ -946,7 +966,8 @@ def cut(self: DeviceCrops, index: int) -> Tensor:  # (B, 3, size, size) in [-1, 
     "Return the crops of one micro-batch."
     keys = self.plan.micro_batch(index)
     size = keys[0][1]
-    first, width, mirror = torch.tensor([self.locate(*key) for key in keys]).to(self.device).T[..., None]
+    places = torch.tensor([self.locate(*key) for key in keys])
+    first, width, mirror = places.to(self.device, non_blocking=True).T[..., None]
     column = torch.arange(size, device=self.device)
     columns = torch.where(mirror > 0, size - 1 - column, column)
     positions = (first + width * column)[:, :, None] + columns[:, None]
@@ -954,10 +975,12 @@ def cut(self: DeviceCrops, index: int) -> Tensor:  # (B, 3, size, size) in [-1, 
     if not self.rule.color_jitter:
         return x
     u = np.stack([np.random.default_rng([self.plan.seed, 5, n]).random(4) for n, _ in keys])
-    return jitter_batch(x, torch.tensor(u, dtype=torch.float32).to(self.device), self.rule.color_jitter)
+    u = torch.tensor(u, dtype=torch.float32).to(self.device, non_blocking=True)
+    return jitter_batch(x, u, self.rule.color_jitter)
 
 # %% ../nbs/08_data.ipynb #752c4474
-RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+RGB_TO_YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+YIQ_TO_RGB = torch.linalg.inv(RGB_TO_YIQ)
 
 
 def jitter_batch(
@@ -971,8 +994,8 @@ def jitter_batch(
     zero, one = torch.zeros_like(angle), torch.ones_like(angle)
     a, b = saturation * angle.cos(), saturation * angle.sin()
     turn = torch.stack([one, zero, zero, zero, a, -b, zero, b, a], 1).unflatten(1, (3, 3))
-    yiq = torch.tensor(RGB_TO_YIQ, device=x.device)
-    matrix = (brightness * contrast)[:, None, None] * (torch.linalg.inv(yiq) @ turn @ yiq)
+    yiq, rgb = (m.to(x.device, non_blocking=True) for m in (RGB_TO_YIQ, YIQ_TO_RGB))
+    matrix = (brightness * contrast)[:, None, None] * (rgb @ turn @ yiq)
     mean = torch.einsum("c,bchw->b", yiq[0], (x + 1) / 2) / x[0, 0].numel()
     shift = brightness * mean * (1 - contrast)
     y = torch.einsum("bij,bjhw->bihw", matrix, (x + 1) / 2) + shift[:, None, None, None]
@@ -1025,7 +1048,7 @@ def image_labels(
             raise DataError("tar shards carry their own labels, in KEY.cls: leave out the file of labels")
         return []
     if labels:
-        found = Path(os.path.expanduser(labels)).read_text().split()
+        found = read_file(labels).decode("utf-8-sig", errors="replace").split()
         if len(found) != len(images):
             raise DataError(f"{labels} must hold {len(images)} numbers, one per image, but has {len(found)}")
         if wrong := [label for label in found if not is_label(label)]:

@@ -64,7 +64,7 @@ def replace_file(file: Path) -> Iterator[Path]:
 # %% ../nbs/94_storage.ipynb #073b8a4b
 def is_remote(path: object) -> bool:
     "Return whether a path is an address, as text such as s3://bucket/folder or as an `UPath`."
-    return "://" in path if isinstance(path, str) else hasattr(path, "fs")
+    return "://" in path if isinstance(path, str) else hasattr(type(path), "fs")  # unused: it cannot fork
 
 # %% ../nbs/94_storage.ipynb #1c428997
 def to_path(path: str | os.PathLike) -> Path:  # or `UPath`
@@ -139,13 +139,16 @@ def atomic_write(path: str | os.PathLike):  # a context manager that yields a `P
     return upload(path) if is_remote(path) else replace_file(path)
 
 # %% ../nbs/94_storage.ipynb #0f41dfa2
-def list_objects(address: str) -> list[str]:
-    "Return the addresses below a folder of a store, or those that match a pattern (`*`, `?`, `[`), sorted."
+def list_objects(
+    address: str,            # of a folder
+    matching: bool = False,  # it is a pattern instead (`*`, `?`, `[`)
+) -> list[str]:  # addresses, sorted
+    "Return what is below a folder of a store, or matches a pattern."
     path = to_path(address)
     with explain_storage_errors(address):
-        found = path.fs.glob(path.path) if set("*?[") & set(str(address)) else path.fs.find(path.path)
+        found = path.fs.glob(path.path) if matching else path.fs.find(path.path)
     root = "/" if path.protocol == "file" else ""
-    return sorted(f"{path.protocol}://{root}{name.lstrip('/')}" for name in found)
+    return sorted(n if "://" in n else f"{path.protocol}://{root}{n.lstrip('/')}" for n in found)
 
 # %% ../nbs/94_storage.ipynb #8bdffc3c
 def find_files(

@@ -14,7 +14,6 @@ __all__ = ['SHARD_VERSION', 'READERS', 'Todo', 'Engine', 'Item', 'file_items', '
 
 # %% ../nbs/19_token_dataset.ipynb #9a479b40
 import argparse
-import errno
 import hashlib
 import inspect
 import io
@@ -40,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -50,11 +49,11 @@ from .bits import Bits, BitsError, patch
 from .bitstream import rows_for, unpack_planes
 from .checkpoints import CODER_FILE
 from .config import DECODERS, SHARD_FORMATS
-from .data import DataError, Images, Shards, Source
+from .data import check_folder, DataError, Images, Shards, Source
 from .data import fingerprint, image_labels, is_label, open_source, shard_images
 from .entropy_coding import coder_by_id, coder_for, load_coder, save_coder
-from .images import center_crop, center_crop_pixels, cover_crop, ImageBytes
-from .images import open_image, read_pixels, to_tensor
+from .images import center_crop, center_crop_pixels, cover_crop, ImageBytes, ImageError
+from .images import MACHINE_ERRORS, open_image, read_pixels, to_tensor
 from .kernels import optimize, retain_malloc_heap
 from .launch import exclusive_run, EXPECTED_ERRORS, plain_output, rank_and_world, wait_for_all
 from .schedules import generation_size, GENERATION_BUDGETS, nearest_generation_size
@@ -149,9 +148,14 @@ def load_item(item: Item, fit: ImageFit, decoder: str = "pillow") -> Item:
             return item._replace(image=image, size=pixels.shape[:2])
         image = open_image(item.image)
         return item._replace(image=fit(image), size=(image.height, image.width))
-    except (ValueError, OSError, MemoryError) as e:
-        if isinstance(e, StorageError) or getattr(e, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+    except MemoryError:
+        reason = f"{item.name} needs more memory than there is: make it smaller"
+        return item._replace(image=ImageError(reason))
+    except (ValueError, OSError) as e:
+        if isinstance(e, StorageError) or getattr(e, "errno", 0) in MACHINE_ERRORS:
             raise  # not the image's fault
+        if isinstance(item.image, Path):
+            check_folder(item.image.parent)
         return item._replace(image=e)
 
 # %% ../nbs/19_token_dataset.ipynb #8a40caa1
@@ -299,13 +303,11 @@ def pack_row(bits: Bits) -> np.ndarray:
 SHARD_VERSION = 1  # of manifests and shards
 
 
-def sort_header(file: Path) -> None:
-    "Sort the JSON header of a safetensors file, in place."
-    with open(file, "r+b") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.dumps(json.loads(f.read(length)), sort_keys=True, separators=(",", ":")).encode()
-        f.seek(8)
-        f.write(header.ljust(length))
+def sort_header(content: bytes) -> bytes:
+    "Sort the JSON header of a safetensors file's content."
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    return content[:8] + header.ljust(end - 8) + content[end:]
 
 # %% ../nbs/19_token_dataset.ipynb #09c7d099
 def write_rows(file: Path, samples: Iterable[Sample], tok: BitVAE, size: Size) -> None:
@@ -323,8 +325,8 @@ def write_rows(file: Path, samples: Iterable[Sample], tok: BitVAE, size: Size) -
     lists = {"keys": keys, "names": [i["name"] for i in infos], "sizes": [i["size"] for i in infos]}
     lists |= {"schedule": schedule, "latent_size": latent_size, "image_size": size}
     text = {"dim": str(dim), "tokenizer": tok.fingerprint, "version": str(SHARD_VERSION)}
-    save_file(tensors, file, text | {name: json.dumps(value) for name, value in lists.items()})
-    sort_header(file)
+    content = save(tensors, text | {name: json.dumps(value) for name, value in lists.items()})
+    file.write_bytes(sort_header(content))  # `save_file` hides the reason of an error
 
 # %% ../nbs/19_token_dataset.ipynb #c9d8ebfa
 @contextmanager

@@ -23,17 +23,19 @@ class ShardOrder(Sampler):
         self,
         data: TokenDataset,
         seed: int = 0,
-        buffer: int = 10_000,      # images shuffled together, at most of the data set's `open_shards`
-        rank: int | None = None,   # None: of torchrun
-        world: int | None = None,  # number of ranks; None: of torchrun
+        buffer: int | None = None,  # images shuffled together; None: 10,000, or half of `open_shards` files
+        rank: int | None = None,    # None: of torchrun
+        world: int | None = None,   # number of ranks; None: of torchrun
     ):
         own_rank, own_world = rank_and_world()
         self.rank, self.world = own_rank if rank is None else rank, own_world if world is None else world
-        self.ends, self.seed, self.buffer = np.array(data.ends), seed, buffer
+        self.ends, self.seed = np.array(data.ends), seed
         self.counts = np.diff(self.ends, prepend=0)
+        few = max(1, int(data.open_shards * self.counts.mean()) // 2)  # each file is then opened once
+        self.buffer = min(10_000, few) if buffer is None else buffer
         self.count = int(self.ends[-1]) // self.world  # images per rank and epoch
-        if not (0 <= self.rank < self.world and buffer >= 1 and self.count):
-            raise ValueError(f"rank {self.rank} of {self.world} with a buffer of {buffer} cannot share "
+        if not (0 <= self.rank < self.world and self.buffer >= 1 and self.count):
+            raise ValueError(f"rank {self.rank} of {self.world} with a buffer of {self.buffer} cannot share "
                              f"{self.ends[-1]} images: ranks count from 0, and each needs one")  # fmt: skip
         self.seek(0)
 

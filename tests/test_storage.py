@@ -1,6 +1,8 @@
 "Object stores: sources, shards and tokenizers on a real S3 server, and one that fails."
 
 import json
+import os
+import shutil
 import signal
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,11 +11,12 @@ from threading import Thread
 
 import pytest
 from children import Child, bitvae as run, command_line
+from torch.utils.data import DataLoader
 
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs, save_image
 from bitvae.storage import StorageError, list_objects, read_file, to_path
-from bitvae.token_dataset import TokenDataset, read_manifest, tokenize, verify_dataset
+from bitvae.token_dataset import TokenDataset, collate_images, read_manifest, tokenize, verify_dataset
 
 pytestmark = pytest.mark.slow
 SECRET = "wJalrXUtnFEMIbPxRfiCYEXAMPLEKEY"
@@ -65,9 +68,10 @@ def images(tmp_path_factory):
     "Write nine small images in two classes, and one that is none."
     folder = tmp_path_factory.mktemp("images")
     for n, file in enumerate(bundled_photographs()):
-        (folder / f"class{n % 2}").mkdir(exist_ok=True)
-        save_image(load_image(file, 80), folder / f"class{n % 2}" / f"{n}.png")
-    (folder / "class1" / "broken.png").write_bytes(b"no image")
+        place = folder / ("class", "class-b")[n % 2]  # a text that begins with "class-b/" precedes "class/"
+        place.mkdir(exist_ok=True)
+        save_image(load_image(file, 80), place / f"{n}.png")
+    (folder / "class-b" / "broken.png").write_bytes(b"no image")
     return folder
 
 
@@ -103,6 +107,11 @@ def test_shards_are_those_of_a_disk(bucket, images, reference):
     manifest = read_manifest(bucket / "shards")
     assert manifest["failed"] == 1 and manifest == verify_dataset(bucket / "shards")
     assert [t.label for t in TokenDataset(bucket / "shards")] == [t.label for t in TokenDataset(reference)]
+    data = TokenDataset("s3://photographs/shards")
+    shutil.rmtree(os.environ["BITVAE_CACHE"])
+    assert data[0].label == 0
+    loader = DataLoader(data, 3, num_workers=1, collate_fn=collate_images)  # in a fork of this process
+    assert sum(len(labels) for _, labels in loader) == 9
     done = run("verify", bucket / "shards")
     assert done.returncode == 0 and "9 images in 3 shards" in done.stdout, done.stderr
     everything = [read_file(address) for address in list_objects("s3://photographs")]
@@ -153,14 +162,14 @@ def test_tar_and_parquet_sources(bucket, images, tmp_path):
 
 def test_lists_name_objects_that_may_be_gone(bucket, images, tmp_path):
     upload(images, bucket / "images")
-    (bucket / "list.txt").write_text("images/class0/0.png 5\nimages/class0/none.png 6\n")
-    (tmp_path / "list.txt").write_text("s3://photographs/images/class0/0.png 5\n")
+    (bucket / "list.txt").write_text("images/class/0.png 5\nimages/class/none.png 6\n")
+    (tmp_path / "list.txt").write_text("s3://photographs/images/class/0.png 5\n")
     for source, failed in (("s3://photographs/list.txt", 1), (tmp_path / "list.txt", 0)):
         manifest = tokenize(BitVAE.from_pretrained("demo"), source, tmp_path / str(failed), size=64)
         assert (manifest["count"], manifest["failed"]) == (1, failed)
         assert TokenDataset(tmp_path / str(failed))[0].label == 5
     (reason,) = json.loads((tmp_path / "1" / "manifest.json").read_text())["shards"][0]["failed"].values()
-    assert reason == "no such object: s3://photographs/images/class0/none.png"
+    assert reason == "no such object: s3://photographs/images/class/none.png"
 
 
 def test_training_from_a_store(bucket, images, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import Child, bitvae as run, command_line
+from children import Child, bitvae as run, call, command_line
 
 from bitvae import BitVAE, load_image
 from bitvae.images import bundled_photographs, save_image
@@ -59,6 +60,20 @@ def references(images, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(references):
     return references["tar"]
+
+
+def tokenize_with_small_files(*words):
+    "Tokenize where no file may exceed 4 kB, as on a disk that is full."
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return command_line(*map(str, words))
+
+
+def test_a_full_disk_is_one_line(images, tmp_path):
+    failed = call(tokenize_with_small_files, *arguments(images, tmp_path, *FORMATS["safetensors"]))
+    assert failed.returncode == 1 and "File too large" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list(tmp_path.glob("shard-*"))
 
 
 def contents(folder):
