@@ -616,21 +616,26 @@ def read_manifest(folder: str | os.PathLike) -> dict:
 # %% ../nbs/19_token_dataset.ipynb #83e1c135
 def verify_dataset(folder: str | os.PathLike) -> dict:  # the manifest
     "Check checksums, all bits and latents, and unique keys; raise `BitsError` or `FileNotFoundError`."
-    manifest = read_manifest(folder)
-    keys = set()
-    for shard in shard_files(manifest["shards"]):
-        if not path_exists(file := to_path(folder) / shard["name"]):
-            raise FileNotFoundError(f"{file} is missing: tokenize again to write missing shards")
-        with local_file(file) as local:
-            try:
-                verify_shard(local, shard, manifest, keys)
-            except BitsError as e:
-                raise BitsError(str(e).replace(str(local), str(file))) from e
+    manifest, last = read_manifest(folder), (0, "")
+    for record in manifest["shards"]:
+        keys = set()
+        for shard in shard_files([record]):
+            if not path_exists(file := to_path(folder) / shard["name"]):
+                raise FileNotFoundError(f"{file} is missing: tokenize again to write missing shards")
+            with local_file(file) as local:
+                try:
+                    verify_shard(local, shard, manifest, keys)
+                except BitsError as e:
+                    raise BitsError(str(e).replace(str(local), str(file))) from e
+        counted = sorted((len(key), key) for key in keys)  # upwards through the data set
+        if counted and counted[0] <= last:
+            raise BitsError(f"{file} repeats keys of an earlier shard: tokenize again into another folder")
+        last = counted[-1] if counted else last
     return manifest
 
 # %% ../nbs/19_token_dataset.ipynb #c5b866bf
 def verify_shard(file: Path, shard: Mapping, manifest: Mapping, keys: set[str]) -> None:
-    "Check a shard against its record and add its keys to those of other shards."
+    "Check a file of a shard against its record and add its keys to those of the shard's other files."
     if file_checksum(file) != shard["sha256"]:
         raise BitsError(f"{file} is damaged (its checksum differs): remove it and tokenize again")
     index = index_shard(file)
