@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from unittest import mock
 
 import numpy as np
 import torch
@@ -120,12 +119,12 @@ def ray_cluster(address: str | None = None) -> Iterator:
     if mine:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         heap = {"MALLOC_ARENA_MAX": "1"}  # Ray's threads exist before `retain_malloc_heap`
-        inherited, place = {}, {"runtime_env": {"env_vars": heap}}
-        if address == "local":  # workers inherit it, and start seconds earlier
-            inherited, place = heap, {"include_dashboard": False}
+        place = {"runtime_env": {"env_vars": heap}}
+        if address == "local":  # our own workers inherit it, and start seconds earlier
+            os.environ.update(heap)
+            place = {"include_dashboard": False}
         try:
-            with mock.patch.dict(os.environ, inherited):
-                ray.init(address, **place, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address, **place, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError) as e:
             raise ConnectionError(f"no Ray cluster at {address} ({e}): run `ray start --head`") from e
     elif address not in (None, "", "auto", connected := ray.get_runtime_context().gcs_address):
