@@ -78,7 +78,8 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=SHARD_FORMATS, default="tar", help="file format of the shards")
     add("--precision", choices=PRECISIONS, default="float32",
         help="precision of the encoder; any but float32 flips some bits")
-    add("--latents", action="store_true", help="also keep the latents, for exact teacher forcing after flips")
+    latents = "also keep the latents (float16), for teacher forcing after flips"
+    add("--latents", action="store_true", help=latents)
     add("--engine", choices=("local", "ray"), default="local",
         help="processes of this command, or those of a Ray cluster; the shards are the same")
     address = "address of a running Ray cluster (default: $RAY_ADDRESS, or start one on this machine)"

@@ -42,7 +42,8 @@ def generator_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # loss; its weighted terms, detached
     """Return the loss of encoder and decoder (Infinity's training code).
 
-    The first `q.prefixes` images, decoded from a prefix, count in the pixel loss alone.
+    The first `q.prefixes` images, decoded from a prefix, take part in neither the perceptual nor the
+    adversarial term.
     """
     terms = {"pixels": pixel_weight * pixel_loss(y, x), "quantizer": quantizer_weight * q.losses.mean()}
     if perceptual:

@@ -70,5 +70,5 @@ def bits_bytes(
     "Return the bytes of an image's bits in a shard, without compression."
     if shard_format != "tar":
         return -(-bits // 8) + info
-    files = -(-bits // 8) + 80, info  # 80: header of a bits file
+    files = -(-bits // 8) + 64, info  # 64: header of a bits file
     return sum(512 * (1 + -(-size // 512)) for size in files)

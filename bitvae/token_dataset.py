@@ -564,7 +564,7 @@ def tokenize(
     compress: bool = False,     # entropy-code the bits: smaller, slower to read; tar only
     labels: str | os.PathLike | None = None,  # file with one number per line; None: see `image_labels`
     shard_format: str = "tar",  # or "safetensors"
-    latents: bool = False,      # also keep the latents, float16, for exact teacher forcing after flips
+    latents: bool = False,      # also keep the latents, float16, for teacher forcing after flips
     decoder: str = "pillow",    # as `load_image` reads; "torchvision": faster, flips some bits
     aspect_ratios: bool = False,  # crop to the nearest of Infinity's 15 sizes, see `ImageFit`
     budget: str | None = None,    # pixels of these sizes; a key of `GENERATION_BUDGETS`
