@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from statistics import median
 from unittest.mock import patch
 
 import numpy as np
@@ -106,15 +107,18 @@ def peak_memory(
     imports: str,  # Python statements
     prepare: str,  # Python statements that make what is needed
     work: str,     # Python statements whose peak is measured
-) -> dict[str, float]:  # libraries, before and peak in bytes, seconds
-    "Run Python in a process of its own and record its memory; raise `RuntimeError` if it fails."
+    runs: int = 3,
+) -> dict[str, float]:  # medians of libraries, before and peak in bytes, and of seconds
+    "Run Python in processes of its own and record their memory; raise `RuntimeError` if one fails."
     # glibc then returns freed memory at once, so that resident memory is memory in use
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    code = WATCH.format(imports=imports, prepare=prepare, work=work)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    if run.returncode:
-        raise RuntimeError(f"the process failed with exit code {run.returncode}: {run.stderr[-2000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
+    code, records = WATCH.format(imports=imports, prepare=prepare, work=work), []
+    for _ in range(runs):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        if run.returncode:
+            raise RuntimeError(f"the process failed with exit code {run.returncode}: {run.stderr[-2000:]}")
+        records.append(json.loads(run.stdout.splitlines()[-1]))
+    return {name: median(record[name] for record in records) for name in records[0]}
 
 
 def machine() -> dict[str, object]:
