@@ -90,10 +90,14 @@ def check(shape, silu=True, dtype=torch.float32, rtol=1e-6):
     exact = gradients(lambda *t: plain(*t, groups, silu), *double)
     assert ours[0].dtype == ours[1].dtype == dtype
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    single = shape[1] == groups and shape[2] * shape[3] == 1  # value per group, whose deviation is 0
     for name, a, e in zip(("output", "input", "weight", "bias"), ours, exact, strict=True):
-        if shape[1] == groups and shape[2] * shape[3] == 1 and name in ("input", "weight"):
-            e = torch.zeros_like(e)  # the deviation of a single value
+        if single and name in ("input", "weight"):
+            e = torch.zeros_like(e)
         error, size = (a.double() - e).abs().max().item(), max(e.abs().max().item(), 1e-3)
+        # then dx = eps**-0.5 * (w * g - mean(w * g)): a fused multiply-add leaves the rounding of the mean
+        if single and name == "input":
+            size = 1e3 * (w[:, None, None] * dy).abs().max().item()
         assert error <= rtol * size, (name, error / size)
 
 
