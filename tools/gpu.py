@@ -588,6 +588,8 @@ def section_v():
 
 
 def free():
+    "Release cached memory and compiled code: Dynamo compiles a function at most 8 times, then runs it eager."
+    torch.compiler.reset()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
 
