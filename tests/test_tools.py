@@ -1,12 +1,14 @@
-"""The tools that measure: `benchmarks/measure.py`, and `tools/gpu.py`."""
+"""The tools that measure: `benchmarks/measure.py`, and `tools/gpu.py` at tiny sizes on a CPU."""
 
 import json
 import runpy
+import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
-from children import ROOT, call
+from children import ROOT, call, script
 from torch import nn
 
 GPU = ROOT / "tools" / "gpu.py"
@@ -23,6 +25,32 @@ def test_peak_memory_is_the_median_of_processes(monkeypatch):
     monkeypatch.setattr(measure.subprocess, "run", run)
     assert measure.peak_memory("", "", "") == {"peak": 7, "seconds": 0.2}
     assert next(records, None) is None
+
+
+def check_operator(out, factor):
+    "Run section b with a wrong operator in place of the kernels."
+    import bitvae.triton_norm
+
+    def wrong(x, w, b, groups): return factor * x * w[:, None, None] + b[:, None, None]
+
+    bitvae.triton_norm.fused_group_norm = wrong
+    script(GPU, "--smoke", "--out", out, "--sections", "b")
+
+
+@pytest.mark.parametrize("factor", [1.0, float("nan")])
+def test_the_check_fails_for_a_wrong_operator(tmp_path, factor):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run = call(check_operator, str(tmp_path), factor)
+    assert run.returncode == 1 and "ArithmeticError: " in run.stdout, run.stdout + run.stderr
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["errors"]) == ["section b"]
+
+
+@pytest.mark.slow
+def test_the_kernels_pass_the_check(tmp_path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    line = [sys.executable, GPU, "--smoke", "--out", tmp_path, "--sections", "b"]
+    run = subprocess.run(line, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 class Add(nn.Module):
