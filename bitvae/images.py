@@ -32,8 +32,9 @@ from .storage import atomic_write, is_remote, read_file, to_path
 
 # %% ../nbs/00_images.ipynb #8eafcd63
 def from_uint8(x: Tensor) -> Tensor:
-    "Convert 8-bit pixels to float32 values in [-1, 1]."
-    return x.float().contiguous() / 127.5 - 1
+    "Convert 8-bit pixels to float32 values in [-1, 1], the same on every device."
+    scale = torch.full((), 127.5, dtype=torch.float32, device=x.device)
+    return x.float().contiguous() / scale - 1
 
 
 def to_tensor(image: Image.Image) -> Tensor:

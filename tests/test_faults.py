@@ -21,12 +21,14 @@ import torch
 from children import ROOT, bitvae, call
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bitvae import BitVAE, load_image, save_image
 from bitvae.checkpoints import RELEASED, CheckpointError, fetch_released, published_names
 from bitvae.data import CropPlan, DataError, DeviceCrops, RandomCrops, crop_loader
 from bitvae.evaluation import protocol_rows, read_results
-from bitvae.images import bundled_photographs, held_out_photographs, to_uint8
+from bitvae.images import bundled_photographs, from_uint8, held_out_photographs
 from bitvae.launch import Interrupted
 from bitvae.recipes import recipe
 from bitvae.run_dir import RunExistsError, newest_checkpoint, read_metrics
@@ -135,7 +137,16 @@ def test_a_gpu_gets_the_batches_of_the_cpu(workers):
     options = ({}, {"workers": workers, "device": "cuda"})
     loaders = [crop_loader(files, plan, range(3), **o) for o in options]
     for expected, found in zip(*loaders, strict=True):
-        assert found.x.is_cuda and torch.equal(to_uint8(found.x).cpu(), to_uint8(expected.x))
+        assert found.x.is_cuda and torch.equal(found.x.cpu(), expected.x)
+
+
+def test_pixels_are_divided_on_every_device():
+    "CUDA multiplies by the reciprocal of a number, so that protocols that truncate lose other levels."
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(from_uint8(levels), levels / 127.5 - 1)
+    nodes = make_fx(from_uint8)(levels).graph.nodes
+    divisors = [node.args[1] for node in nodes if node.target is torch.ops.aten.div.Tensor]
+    assert [type(divisor) for divisor in divisors] == [Node]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
