@@ -1,6 +1,8 @@
 """Shared pieces of the tests, and the closing line that says how many passed."""
 
 import json
+import os
+import re
 import time
 from pathlib import Path
 
@@ -17,6 +19,12 @@ def golden():
     return lambda name: (
         json.loads((folder / name).read_text()) if name.endswith(".json") else load_file(folder / name)
     )
+
+
+def pytest_configure(config):
+    "Hide GPUs unless `-m gpu` selects the tests that need one: the others compare results of a CPU."
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 LONGEST = ("test_viewer", "test_clusters", "test_demo", "test_processes", "test_repository")

@@ -15,7 +15,6 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device")]
-kernels = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs in a process with TRITON_INTERPRET=1")
 BF16 = 2**-8 if GPU else 2**-7  # Triton's interpreter truncates
 SHAPES = [
     (2, 32, 5, 7),
@@ -28,6 +27,12 @@ SHAPES = [
 ]
 LARGE = [(3, 128, 255, 253), (2, 512, 64, 64), (1, 48, 1024, 1000), (1, 128, 1024, 1024), (5, 768, 17, 1)]
 LARGE = [(b, c, h // 2, w // 2) for b, c, h, w in LARGE[:4]] + LARGE[4:] if INTERPRETED else LARGE
+
+
+def kernels(test):
+    "Mark a test that runs on a GPU and in Triton's interpreter."
+    reason = "needs a CUDA device, or runs in a process with TRITON_INTERPRET=1"
+    return pytest.mark.gpu(pytest.mark.skipif(not (GPU or INTERPRETED), reason=reason)(test))
 
 
 @pytest.mark.slow

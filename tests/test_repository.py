@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 import yaml
 from children import ROOT, call, run_cells
+from conftest import pytest_configure
 
 NOTEBOOKS = sorted(
     p.relative_to(ROOT).as_posix()
@@ -107,6 +109,14 @@ def test_photographs_carry_their_licence():
     said, photographs = (folder / "ATTRIBUTION.md").read_text(), list(folder.glob("*.jpg"))
     assert len(photographs) == 9 and all(p.name in said for p in photographs)
     assert sum(p.stat().st_size for p in photographs) < 2.2e6
+
+
+@pytest.mark.parametrize("selected", ["", "not slow", "slow and not gpu", "gpu", "gpu and not slow"])
+def test_tests_see_a_gpu_only_if_they_need_one(monkeypatch, selected):
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr=selected)))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if selected.startswith("gpu") else "")
 
 
 EXECUTED = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").rglob("*.ipynb"))
