@@ -82,17 +82,18 @@ def group_stats(
     return means.mean(2), variances.mean(2) + means.var(2, correction=0)
 
 # %% ../nbs/90_tiling.ipynb #20edb812
-def scale_and_shift(mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    "Fold statistics (B, groups) and weights (C,) into a scale and a shift (B, C, 1, 1)."
-    mean, rstd = (t.repeat_interleave(len(weight) // t.shape[1], 1) for t in (mean, rstd))
-    scale = weight * rstd
-    return scale[..., None, None], (bias - mean * scale)[..., None, None]
+def scale_and_shift(mean: Tensor, rstd: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    "Fold statistics (B, groups) and the weights of a layer into a scale and a shift (B, C, 1, 1)."
+    mean, rstd = (t.repeat_interleave(norm.num_channels // norm.num_groups, 1) for t in (mean, rstd))
+    scale = rstd if norm.weight is None else norm.weight * rstd
+    shift = -mean * scale if norm.bias is None else norm.bias - mean * scale
+    return scale[..., None, None], shift[..., None, None]
 
 # %% ../nbs/90_tiling.ipynb #655566fd
 def apply_group_norm(m: LazyFeatureMap, norm: nn.GroupNorm, rows: int) -> LazyFeatureMap:
     "Return `norm(m)`, after one pass over `m` for the statistics."
     mean, var = group_stats((tile for *_, tile in row_tiles(m, rows)), norm.num_groups)
-    scale, shift = scale_and_shift(mean, (var + norm.eps).rsqrt(), norm.weight, norm.bias)
+    scale, shift = scale_and_shift(mean, (var + norm.eps).rsqrt(), norm)
     return apply_layer(m, lambda x: torch.addcmul(shift, x.to(scale.dtype), scale).to(x.dtype))
 
 # %% ../nbs/90_tiling.ipynb #ad4c2d1a

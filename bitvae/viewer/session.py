@@ -26,6 +26,7 @@ from ..bit_edits import chain_edits, edit_bits, TakeScales
 from ..bits import Bits, patch
 from ..images import bundled_photographs, from_uint8, held_out_photographs, ImageBytes, ImageError
 from ..images import load_image, open_lazy, to_image, to_uint8
+from ..kernels import PRECISION_LOCK
 from ..metrics import psnr
 from ..quantizer import BitEdit
 from ..storage import atomic_write
@@ -83,7 +84,7 @@ class SessionState:
     images: dict[int, Tensor] = field(default_factory=dict)  # number of scales -> (1, 3, H, W) uint8
 
 # %% ../../nbs/viewer/21_session.ipynb #229e4e3e
-NETWORKS = threading.RLock()  # held while a tokenizer's networks compute
+NETWORKS = PRECISION_LOCK  # held while a tokenizer's networks compute
 
 
 class EditSession:
@@ -138,13 +139,12 @@ def user_action() -> Iterator[None]:
 def in_background(tok: BitVAE, stop: threading.Event) -> Iterator[None]:
     "Before each layer that this thread computes under `NETWORKS`, yield to user actions; raise if stopped."
     thread = threading.get_ident()
+    released = threading.Condition(NETWORKS)  # its `wait` releases all levels of the lock
 
     def pause(layer: torch.nn.Module, inputs: tuple) -> None:
         if threading.get_ident() == thread:
-            if not IDLE.is_set():
-                NETWORKS.release()
-                IDLE.wait()
-                NETWORKS.acquire()
+            while not IDLE.is_set():
+                released.wait(0.01)
             if stop.is_set():
                 raise InterruptedError("the background job was stopped")
 
