@@ -42,11 +42,11 @@ class Deferred:
         self.module = module
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+        self.owner, self.name = owner, name
 
     def __get__(self, instance: object, owner: type) -> Callable:
         import_module(self.module)
-        return getattr(owner if instance is None else instance, self.name)
+        return vars(self.owner)[self.name].__get__(instance, owner)
 
 # %% ../nbs/02_bits.ipynb #160739a5
 @dataclass(frozen=True, eq=False, repr=False)

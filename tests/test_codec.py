@@ -15,7 +15,7 @@ import torch
 from children import bitvae
 
 from bitvae import Bits, BitVAE, load_image
-from bitvae.bits import BitsError
+from bitvae.bits import BitsError, Deferred
 from bitvae.bitstream import BITS_VERSION, MAGIC, Flag, checksum_widths, encode_varints, read_header
 from bitvae.entropy_coding import coder_for
 from bitvae.images import held_out_photographs
@@ -24,6 +24,20 @@ from bitvae.schedules import scale_schedule
 TRIALS = int(os.environ.get("BITVAE_TRIALS", 1000))
 MODES = "dynamic dense original half dense_f8 same1 same2 same3 dynamic_x2 dense_x2 half_x2 same2_x2".split()
 DEMO = BitVAE.from_pretrained("demo").fingerprint
+
+
+def test_a_deferred_method_runs_once_below_an_override(monkeypatch):
+    class Base:
+        save = Deferred("module")
+
+    class Counted(Base):
+        def save(self):
+            calls.append(self)
+            return super().save()
+
+    calls = []
+    monkeypatch.setattr("bitvae.bits.import_module", lambda name: setattr(Base, "save", lambda self: name))
+    assert (Counted().save(), len(calls)) == ("module", 1)
 
 
 def random_bits(rng, max_count=3000):
@@ -137,7 +151,7 @@ def test_damage_is_found_or_what_is_intact_comes_back(files):
 LIMITED = """
 import resource, sys
 from bitvae import Bits
-from bitvae.bits import BitsError
+from bitvae.bits import BitsError, Deferred
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     Bits.from_bytes(bytes.fromhex(sys.argv[1]))
