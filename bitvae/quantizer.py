@@ -9,7 +9,7 @@ __all__ = ['BitEdit', 'bits_to_codes', 'straight_through', 'resize_by_matrices',
 
 # %% ../nbs/03_quantizer.ipynb #fb5cb8f2
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, reduce
 from itertools import accumulate
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def bits_to_codes(
     "Map bits to corners of the hypercube on the unit sphere (BSQ, arXiv 2406.07548)."
     a = 1 / math.sqrt(positive.shape[1])
     # 2a * bit - a; on a CPU, `torch.where` takes 16 times as long for 64x64 tokens of 32 bits
-    return torch.rsub(positive.view(torch.uint8), -a, alpha=-2 * a)
+    return torch.rsub(positive.view(torch.uint8), torch.tensor(-a, dtype=torch.float32), alpha=-2 * a)
 
 # %% ../nbs/03_quantizer.ipynb #53d29df1
 def straight_through(
@@ -45,7 +45,8 @@ def resize_by_matrices(x: Tensor, size: Size, mode: str) -> Tensor:  # mode: "ar
     "Resize (B, d, h, w) by two matrix products, equal to PyTorch's functions up to rounding."
     eyes = (torch.eye(n, dtype=x.dtype, device=x.device) for n in x.shape[-2:])
     rows, columns = (F.interpolate(e[None], size=n, mode=mode)[0] for e, n in zip(eyes, size, strict=True))
-    return rows.mT @ x @ columns
+    with torch.autocast(x.device.type, enabled=False):
+        return rows.mT @ x @ columns
 
 # %% ../nbs/03_quantizer.ipynb #5424b026
 def area_resize(r: Tensor, size: Size) -> Tensor:
@@ -249,18 +250,16 @@ def decoder_input(
     "Return the input of the decoder in training."
     last = sample_prefixes(len(z), len(sums), self.prefix_rate, z.device)
     n = len(last)
-    z_q = sums[-1]
-    target = z
-    def choose(latents: list[Tensor]) -> Tensor:  # K latents (n, d, h, w) -> one of them for each image
-        return torch.stack(latents)[last, torch.arange(n, device=last.device)]
+    def choose(latents: Iterable[Tensor], full: Tensor) -> Tensor:  # (B, d, h, w), the first n by `last`
+        if not n:
+            return full
+        stack = torch.stack([z[:n] for z in latents])
+        return torch.cat([stack[last, torch.arange(n, device=last.device)], full[n:]])
 
-    if n:
-        z_q = torch.cat([choose([s[:n] for s in sums]), z_q[n:]])
+    z_q = choose(sums, sums[-1])
     if self.gradient == "scales":
         return z_q, n
-    if n:
-        coarse = [upsample(area_resize(z[:n], size), z.shape[-2:]) for size in schedule]
-        target = torch.cat([choose(coarse), z[n:]])
+    target = choose((upsample(area_resize(z[:n], size), z.shape[-2:]) for size in schedule), z)
     return z_q.detach() + (target - target.detach()), n  # adds exact zeros
 
 # %% ../nbs/03_quantizer.ipynb #4b7e90d2
