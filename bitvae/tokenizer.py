@@ -53,8 +53,8 @@ class BitVAE(nn.Module):
         q = self.quantizer(z)
         return self.decoder(q.z.to(z.dtype)), z, q
 
-    device = property(lambda self: self.encoder.conv_in.weight.device, doc="Device of the weights.")
-    dtype = property(lambda self: self.encoder.conv_in.weight.dtype, doc="Data type of the weights.")
+    device = property(lambda self: next(self.encoder.parameters()).device, doc="Device of the weights.")
+    dtype = property(lambda self: next(self.encoder.parameters()).dtype, doc="Data type of the weights.")
     from_pretrained = Deferred("bitvae.checkpoints")
     save_pretrained = Deferred("bitvae.checkpoints")
     push_to_hub = Deferred("bitvae.checkpoints")
@@ -90,9 +90,11 @@ def check_images(
 # %% ../nbs/05_tokenizer.ipynb #25f83404
 @patch
 def precision_of(self: BitVAE, net: nn.Module) -> str:  # one of `PRECISIONS`
-    "Return `precision`, or by default bf16 for a float32 decoder on a GPU that has it, else float32."
+    "Return `precision`; by default bf16 for such weights, or a float32 decoder on a GPU; else float32."
     if self.precision is not None:
         return self.precision
+    if self.dtype == torch.bfloat16:
+        return "bf16"
     on_gpu = net is self.decoder and self.device.type == "cuda" and self.dtype == torch.float32
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
@@ -124,14 +126,13 @@ def encode_latent(
     "Return the latent before quantization. Raise the errors of `check_images`, and for damaged weights."
     check_images(x)
     x = pad_to_stride(x.to(self.device, non_blocking=True), self.config.stride)
-    z = self.run_network(self.encoder, x, rows).contiguous()
+    z = self.run_network(self.encoder, x, rows).clone(memory_format=torch.contiguous_format)
     if not torch.isfinite(z).all():
         raise ValueError("the encoder returned nan or infinity: the weights are damaged, load them again")
     return z
 
 # %% ../nbs/05_tokenizer.ipynb #7d55e7ff
 @patch
-@torch.inference_mode()
 def quantize(
     self: BitVAE,
     z: Tensor,                     # latent (B, d, h, w)
@@ -145,8 +146,8 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 def weight_state(net: nn.Module) -> tuple[list[int], list[int]]:
-    "Return the version of every weight, and the sum of its values' bits read as integers."
-    weights = list(net.parameters())
+    "Return the version of every weight and buffer, and the sum of its values' bits read as integers."
+    weights = [*net.parameters(), *net.buffers()]
     sums = [w.detach().view(INTEGERS[w.dtype.itemsize]).sum() for w in weights]
     return [0 if w.is_inference() else w._version for w in weights], torch.stack(sums).tolist()
 
