@@ -7,8 +7,8 @@ __all__ = ['RELEASED', 'GENERATORS', 'REPOSITORY', 'CARD', 'TAGS', 'CODER_FILE',
            'published_names', 'CheckpointError', 'read_weights', 'find_tokenizers', 'summarize_names',
            'tokenizer_weights', 'config_from_weights', 'build_tokenizer', 'bundled_dir', 'weights_dir',
            'fetch_released', 'tokenizer_files', 'hash_weights', 'describe_tokenizer', 'card_results', 'model_card',
-           'explain_hub_errors', 'fetch_repository', 'latest_in_run', 'find_tokenizer', 'fetch_address',
-           'from_pretrained']
+           'explain_hub_errors', 'fetch_repository', 'list_checkpoints', 'latest_in_run', 'find_tokenizer',
+           'fetch_address', 'from_pretrained']
 
 # %% ../nbs/06_checkpoints.ipynb #2ca4567f
 import hashlib
@@ -388,9 +388,14 @@ def fetch_repository(
     return fetch(folder.name, "model.safetensors", CODER_FILE)
 
 # %% ../nbs/06_checkpoints.ipynb #e6c7842d
+def list_checkpoints(folder: Path) -> list[Path]:
+    "Return all checkpoints of a run, oldest first, intact or damaged."
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdecimal())
+
+
 def latest_in_run(folder: Path) -> Path:
     "Return a run's tokenizer or else its newest checkpoint; for any other folder, the folder itself."
-    results = [*sorted(folder.glob("checkpoints/step-*")), folder / "tokenizer"]
+    results = [*list_checkpoints(folder / "checkpoints"), folder / "tokenizer"]
     return next((path for path in reversed(results) if path.is_dir()), folder)
 
 # %% ../nbs/06_checkpoints.ipynb #3db3f85c

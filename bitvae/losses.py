@@ -39,13 +39,14 @@ def generator_loss(
     pixel_weight: float = 1.0,
     quantizer_weight: float = 4.0,
     adversarial_weight: float = 0.3,
-) -> tuple[Tensor, dict[str, Tensor]]:  # loss; its weighted terms, detached
+) -> tuple[Tensor, dict[str, Tensor]]:  # loss; its weighted terms and the unweighted `latent`, detached
     """Return the loss of encoder and decoder (Infinity's training code).
 
     The first `q.prefixes` images, decoded from a prefix, take part in neither the perceptual nor the
     adversarial term.
     """
-    terms = {"pixels": pixel_weight * pixel_loss(y, x), "quantizer": quantizer_weight * q.losses.mean()}
+    pixels = pixel_weight * pixel_loss(y, x).mean()
+    terms = {"pixels": pixels, "quantizer": quantizer_weight * q.losses.mean()}
     if perceptual:
         terms["perceptual"] = perceptual_weight * perceptual(x[q.prefixes :], y[q.prefixes :]).mean()
     if logits is not None:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['read_metrics', 'reopen_metrics', 'MetricsLog', 'check_trackers', 'start_trackers', 'git_commit', 'describe_run',
            'resume_key', 'RunExistsError', 'has_run', 'read_run', 'check_resumable', 'open_run_dir', 'UnreadableImages',
-           'name_scales', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'validation_images',
+           'name_scales', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'validation_images', 'eval_mode',
            'decode_progression', 'sample_grid', 'write_synced', 'remove_checkpoint', 'write_checkpoint',
-           'read_checkpoint', 'list_checkpoints', 'newest_checkpoint', 'validation_loss', 'prune_checkpoints',
-           'serialize_state', 'deserialize_state', 'init_discriminator']
+           'read_checkpoint', 'newest_checkpoint', 'validation_loss', 'prune_checkpoints', 'serialize_state',
+           'deserialize_state', 'init_discriminator']
 
 # %% ../nbs/11_run_dir.ipynb #ae968f6f
 import copy
@@ -30,15 +30,15 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 
 import bitvae
 from .bits import Bits
-from .checkpoints import CheckpointError, internal_name, read_weights
+from .checkpoints import CheckpointError, internal_name, list_checkpoints, read_weights
 from .config import DECODERS
 from .data import as_tuple, DataError, fingerprint, image_files, Images, Source
 from .images import held_out_photographs, ImageError, load_image, to_uint8
-from .quantizer import binary_entropy, latent_from_bits
+from .quantizer import binary_entropy, prefix_latents
 from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
 from .storage import atomic_write
 from .tokenizer import BitVAE
@@ -206,7 +206,7 @@ def check_resumable(run_dir: Path, record: dict, resume: bool) -> str:  # a note
 # %% ../nbs/11_run_dir.ipynb #a16bd6f0
 @contextmanager
 def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
-    "Lock the folder, write run.json, remove incomplete checkpoints; raise `RunExistsError` if it is locked."
+    "Lock the folder, write run.json, put outdated results away; raise `RunExistsError` if it is locked."
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoints = run_dir / "checkpoints"
     try:
@@ -223,7 +223,11 @@ def open_run_dir(run_dir: Path, record: dict, step: int = 0) -> Iterator[None]:
                 reopen_metrics(broken, step).close()
             for incomplete in checkpoints.glob(".*"):
                 shutil.rmtree(incomplete, ignore_errors=True)
-            for path in checkpoints.glob("step-*"):
+            finished = run_dir / "tokenizer"
+            if finished.exists() and step < record["config"]["steps"]:  # of a shorter run
+                shutil.rmtree(earlier := run_dir / f"tokenizer-{step:08}", ignore_errors=True)
+                finished.rename(earlier)
+            for path in list_checkpoints(checkpoints):
                 if int(path.name[5:]) > step:  # damaged, since an older checkpoint is used
                     path.rename(path.with_name(f".damaged.{path.name}"))
             yield
@@ -323,6 +327,18 @@ def validation_images(source: Source | None, size: int) -> Tensor:  # (B, 3, siz
         raise DataError(f"no validation image of {source} can be read")
     return torch.cat(images)
 
+# %% ../nbs/11_run_dir.ipynb #db595ccb
+@contextmanager
+def eval_mode(net: nn.Module) -> Iterator[None]:
+    "Switch the layers of a network to eval mode, and back to the mode of each."
+    training = [layer for layer in net.modules() if layer.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
 # %% ../nbs/11_run_dir.ipynb #308e20f2
 @torch.no_grad()
 def decode_progression(
@@ -332,8 +348,9 @@ def decode_progression(
     "Decode all prefixes of the scales, independent of the schedule used in training."
     quantizer = copy.copy(tok.quantizer)  # with the schedule of evaluation
     quantizer.mode = tok.config.mode
-    bits = quantizer.encode(tok.encoder(x))
-    return [tok.decoder(latent_from_bits(bits[:k])) for k in range(1, len(bits) + 1)], bits
+    with eval_mode(tok):
+        bits = quantizer.encode(tok.encoder(x))
+        return [tok.decoder(z) for z in prefix_latents(bits)], bits
 
 # %% ../nbs/11_run_dir.ipynb #6c6da405
 def sample_grid(x: Tensor, images: Sequence[Tensor]) -> Tensor:  # (3, B (H + 2) + 2, (K + 1) (W + 2) + 2)
@@ -386,11 +403,6 @@ def read_checkpoint(path: Path) -> dict[str, object]:  # content of checkpoint.j
         if hashlib.sha256(content).hexdigest() != manifest["sha256"][name]:
             raise CheckpointError(f"{path / name} is damaged: its checksum differs")
     return manifest | {"files": files}
-
-# %% ../nbs/11_run_dir.ipynb #4b080320
-def list_checkpoints(folder: Path) -> list[Path]:
-    "Return all checkpoints of a run, oldest first, intact or damaged."
-    return sorted(folder.glob("step-*"))
 
 # %% ../nbs/11_run_dir.ipynb #aae28d58
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:

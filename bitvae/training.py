@@ -171,12 +171,23 @@ def add_discriminator(self: Trainer, weights: Mapping[str, Tensor] | None) -> No
     discriminator = PatchDiscriminator(self.config.discriminator_channels)
     self.discriminator = optimize(discriminator.train().to(a.device))
     if weights:
-        self.discriminator.load_state_dict(weights)
+        self.load_discriminator(weights)
     if a.device.type == "cuda" and a.num_processes > 1:
         self.discriminator = nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
     self.ddp_discriminator = a.prepare(self.discriminator)
     capturable = self.graphs is not None
     self.discriminator_optimizer = adamw(self.discriminator, self.config.lr, capturable)
+
+# %% ../nbs/10_training.ipynb #22ed5251
+@patch
+def load_discriminator(self: Trainer, weights: Mapping[str, Tensor]) -> None:
+    "Load initial weights; raise `ValueError` if they are of another width."
+    try:
+        self.discriminator.load_state_dict(weights)
+    except RuntimeError:
+        ours, theirs = self.config.discriminator_channels, len(next(iter(weights.values())))
+        raise ValueError(f"the discriminator of {self.config.init_from} does not fit "
+                         f"discriminator_channels={ours}: set it to {theirs}, as there") from None
 
 # %% ../nbs/10_training.ipynb #779e289e
 def step_seed(seed: int, step: int, *part: int) -> int:
@@ -290,6 +301,8 @@ def train_step(
     if t.ema_model:
         decay = min(c.ema, (1 + t.step) / (10 + t.step))  # forgets the initial weights
         get_ema_multi_avg_fn(decay)(list(t.ema_model.parameters()), list(t.tok.parameters()), None)
+        for average, buffer in zip(t.ema_model.buffers(), t.tok.buffers(), strict=True):
+            average.copy_(buffer)
     t.step += 1
     return parts, bits
 
@@ -419,7 +432,7 @@ def validate(t: Trainer, x: Tensor, folder: Path, log: MetricsLog) -> dict[str, 
     c = t.config
     x = x.to(t.accelerator.device)
     images, bits = decode_progression(t.eval_model, x)
-    loss = c.pixel_weight * PIXEL_LOSSES[c.pixel_loss](images[-1], x)
+    loss = c.pixel_weight * PIXEL_LOSSES[c.pixel_loss](images[-1], x).mean()
     if t.perceptual:
         loss = loss + c.perceptual_weight * t.perceptual(x, images[-1]).mean()
     check_finite({"validation loss": loss.item()}, t.step)
@@ -636,7 +649,7 @@ def train(
     resume: bool = True,                 # continue the run in this folder, if there is one
     workers: int = 0,                    # loading processes per training process; 0: load in that process
     validation: Source | None = None,    # at most 8 images; None: four photographs of scikit-image
-    perceptual: Distance | None = None,  # any callable, instead of the recipe's distance
+    perceptual: Distance | None = None,  # any callable, instead of the recipe's; not in the estimated cost
     log_with: str | Sequence = (),       # Accelerate's trackers: names such as "tensorboard", or objects
     project: str = "bitvae",             # under which the trackers file the run
     on_step: Callable[[Trainer, dict], None] | None = None,  # gets the trainer and the step's losses by name
@@ -649,13 +662,14 @@ def train(
     images = open_source(images)
     config = resolve_config(config, folder)
     held_out = validation_images(validation, min(as_tuple(config.size)))
-    perceptual = perceptual or perceptual_distance(config.perceptual)
+    own = None if perceptual else perceptual_distance(config.perceptual)
     record = describe_run(config, images, accelerator) if accelerator.is_main_process else None
     record = gather_objects([record], accelerator)[0]
     note = check_resumable(folder, record, resume)
-    cost = estimate_cost(config, perceptual, record["processes"])
-    accelerator.print(*filter(None, (note, cost)), sep="\n")
-    t = init_or_resume(config, accelerator, images, perceptual, folder / "checkpoints")
+    cost = estimate_cost(config, own, record["processes"])
+    unknown = perceptual and "not estimated: the perceptual distance that was passed to train"
+    accelerator.print(*filter(None, (note, cost, unknown)), sep="\n")
+    t = init_or_resume(config, accelerator, images, perceptual or own, folder / "checkpoints")
     unreadable = UnreadableImages(folder, t.step, record["images"]["count"], config.max_unreadable)
     with ExitStack() as stack:
         stack.enter_context(explain_errors(folder))

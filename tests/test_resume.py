@@ -233,6 +233,20 @@ def test_batches_and_passes_may_change_on_resume(tmp_path):
         train(replace(config, batch=4), "bundled", tmp_path)
 
 
+def test_a_lengthened_run_is_unfinished_until_its_last_step(tmp_path):
+    config = recipe("smoke", steps=2, checkpoint_every=1)
+    short = BitVAE.from_pretrained(train(config, "bundled", tmp_path)).fingerprint
+    train_and_stop(2, replace(config, steps=6), "bundled", tmp_path)
+    newest = newest_checkpoint(tmp_path / "checkpoints")[0]
+    assert BitVAE.from_pretrained(tmp_path).fingerprint == BitVAE.from_pretrained(newest).fingerprint != short
+    assert BitVAE.from_pretrained(tmp_path / "tokenizer-00000002").fingerprint == short
+    with pytest.raises(RunExistsError, match=r"steps \(6 there, 9 here\)"):
+        train(replace(config, steps=9), "bundled", tmp_path)
+    shutil.copytree(newest, newest.with_suffix(".bak"))
+    long = BitVAE.from_pretrained(train(replace(config, steps=6), "bundled", tmp_path)).fingerprint
+    assert long in (tmp_path / "tokenizer" / "README.md").read_text()
+
+
 # failures around a run
 
 AVERAGED = recipe("smoke", steps=8, checkpoint_every=2, ema=0.9)
