@@ -6,9 +6,9 @@
 __all__ = ['THUMBNAILS', 'CODECS', 'FeatureView', 'SET_METRICS', 'ORIGINALS', 'HIGHER_IS_BETTER', 'METRIC_TITLES',
            'PUBLISHED_RESULTS', 'thumbnail', 'codec_at_rate', 'iterate_prefixes', 'Reconstruction', 'reconstructions',
            'load_networks', 'EvalJob', 'score_images', 'feature_views', 'reference_view', 'all_views', 'image_features',
-           'PartialResult', 'add_features', 'check_reconstructions', 'settle', 'budget_schedules', 'rate_per_image',
-           'add_batch', 'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts', 'assign_images',
-           'merge_parts', 'evaluate_pending', 'reference_files', 'load_references', 'sample_features',
+           'PartialResult', 'add_features', 'check_reconstructions', 'settle', 'crop_schedule', 'budget_schedules',
+           'rate_per_image', 'add_batch', 'crop_batch', 'read_batches', 'load_safely', 'write_part', 'read_parts',
+           'assign_images', 'merge_parts', 'evaluate_pending', 'reference_files', 'load_references', 'sample_features',
            'update_references', 'bootstrap_interval', 'summarize', 'as_protocols', 'group_protocols', 'use_schedule',
            'cudnn_benchmark', 'evaluate_group', 'check_settings', 'collect_warnings', 'check_evaluation', 'evaluate',
            'protocol_rows', 'final_row', 'metric_names', 'thumbnail_bits', 'merge_equal_files', 'results_cells',
@@ -55,8 +55,7 @@ from .metrics import (
     set_distances, ssim_of_levels, to_float64, to_levels, to_protocol_bytes)
 from .protocols import LIBRARIES, METRICS, PROTOCOLS, Protocol, crop_key, protocol, protocol_hash
 from .run_dir import serialize_state
-from .schedules import GENERATION_RATIOS, Schedule, Size, generation_size
-from .schedules import scale_schedule
+from .schedules import Schedule, Size, generation_sizes, scale_schedule
 from .storage import atomic_write
 from .tokenizer import BitVAE
 
@@ -275,11 +274,14 @@ def settle(job: EvalJob, result: PartialResult) -> PartialResult:
     return result
 
 # %% ../nbs/14_evaluation.ipynb #cf349de7
+def crop_schedule(tok: BitVAE, size: Size) -> Schedule:
+    "Return the schedule of a crop (H, W); raise `ValueError` if the tokenizer's mode does not serve it."
+    return scale_schedule(*(-(-side // tok.config.stride) for side in size), tok.quantizer.mode)
+
+
 def budget_schedules(tok: BitVAE, budget: str) -> dict[Size, Schedule]:
     "Return the schedule of each size of a budget, square first; raise `ValueError` if lengths differ."
-    ratios, stride = [r for ratio in GENERATION_RATIOS for r in (ratio, 1 / ratio)], tok.config.stride
-    sizes = dict.fromkeys(generation_size(r, budget) for r in ratios)
-    schedules = {s: scale_schedule(*(-(-n // stride) for n in s), tok.quantizer.mode) for s in sizes}
+    schedules = {size: crop_schedule(tok, size) for size in generation_sizes(budget)}
     if len(lengths := {len(schedule) for schedule in schedules.values()}) > 1:
         raise ValueError(f"mode {tok.quantizer.mode!r} has {min(lengths)} to {max(lengths)} scales at the "
                          f"sizes of {budget}: choose another mode or budget")
@@ -616,8 +618,9 @@ def check_evaluation(
         names = ", ".join(map(str, codec_rates))
         raise ValueError(f"codec_rates must be positive, finite and differ, got {names}")
     for p in protocols:
+        side = (p.size, p.size)
         with use_schedule(tok, p.mode or tok.quantizer.mode):
-            sizes = budget_schedules(tok, p.budget) if p.budget else [(p.size, p.size)]
+            sizes = budget_schedules(tok, p.budget) if p.budget else {side: crop_schedule(tok, side)}
         if "ms_ssim" in metrics and (side := min(map(min, sizes))) <= 160:
             raise ValueError(f"MS-SSIM needs sides above 160 pixels, crops of {p} have down to {side}")
 

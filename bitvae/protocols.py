@@ -27,7 +27,8 @@ class Protocol:
 
     name: str = "clamped"
     # images
-    size: int = 256                # pixels: the short side is resized to it, then the center is cropped
+    size: int = 256                # pixels: the short side is resized to it, then the center is cropped;
+                                   # the default where there is a budget
     resize: str = "bicubic"        # filter, one of `RESIZES`
     antialias: bool = True         # widen the filter when downsampling, as Pillow does
     halve: bool = False            # first halve by 2x2 means while the result is large enough, as ADM does
@@ -45,6 +46,8 @@ class Protocol:
 
     def __post_init__(self):
         object.__setattr__(self, "lpips", tuple(self.lpips))
+        if self.budget:
+            object.__setattr__(self, "size", Protocol.size)
         check_protocol(self)
         object.__setattr__(self, "lpips", tuple(net for net in LPIPS_NETS if net in self.lpips))
         object.__setattr__(self, "ssim_range", float(self.ssim_range))  # equal protocols, equal hashes
@@ -101,8 +104,8 @@ def protocol(
     if unknown := [key for key in overrides if key not in known]:
         raise ValueError(f"unknown field {', '.join(unknown)} of a protocol: known are {', '.join(known)}")
     base, p = PROTOCOLS[name], replace(PROTOCOLS[name], **overrides)
-    changed = [key for key in overrides if getattr(p, key) != getattr(base, key)]
-    added = "".join(f", {key}={overrides[key]}" for key in changed if key not in ("size", "budget"))
+    changed = [key for key in known if getattr(p, key) != getattr(base, key)]
+    added = "".join(f", {key}={getattr(p, key)}" for key in changed if key not in ("size", "budget"))
     return replace(p, name=name + added)
 
 # %% ../nbs/13_protocols.ipynb #8553bdd5

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Size', 'Schedule', 'DYNAMIC', 'DENSE', 'ORIGINAL', 'WIDE', 'LISTED', 'GENERATION_BUDGETS', 'GENERATION_RATIOS',
            'parse_sizes', 'extend_ladder', 'stretch_schedule', 'size_ratio', 'nearest_schedule', 'schedule_for_aspect',
-           'scale_schedule', 'generation_schedule', 'generation_size', 'nearest_generation_size']
+           'scale_schedule', 'generation_schedule', 'generation_size', 'generation_sizes', 'nearest_generation_size']
 
 # %% ../nbs/01_schedules.ipynb #2f87e39e
 import math
@@ -148,7 +148,12 @@ def generation_size(ratio: float, budget: str = "1M") -> Size:
     return 16 * h, 16 * w
 
 # %% ../nbs/01_schedules.ipynb #8bf29186
+def generation_sizes(budget: str = "1M") -> list[Size]:
+    "Return the sizes of `generation_size` for all aspect ratios, square first."
+    ratios = [r for ratio in GENERATION_RATIOS for r in (ratio, 1 / ratio)]
+    return list(dict.fromkeys(generation_size(r, budget) for r in ratios))
+
+
 def nearest_generation_size(height: int, width: int, budget: str = "1M") -> Size:
     "Return the size of `generation_size` whose aspect ratio is nearest to that of an image."
-    sizes = [generation_size(r, budget) for ratio in GENERATION_RATIOS for r in (ratio, 1 / ratio)]
-    return min(sizes, key=lambda size: abs(size[0] / size[1] - height / width))
+    return min(generation_sizes(budget), key=lambda size: abs(size[0] / size[1] - height / width))
