@@ -15,7 +15,7 @@ from .config import group_count, halvings
 def group_norm(
     channels: int,  # a multiple of 32 or 24
 ) -> nn.GroupNorm:
-    "Return a group normalization of 32 groups (VQGAN), or 24 for multiples of 48 channels, and eps 1e-6."
+    "Return a group normalization of 32 groups, or 24 where 32 does not divide the channels, and eps 1e-6."
     return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
 
 # %% ../nbs/04_autoencoder.ipynb #3be0cb74

@@ -6,7 +6,7 @@
 __all__ = ['REQUIRED', 'CHOICES', 'RANGES', 'QUICK', 'SMOKE', 'DEMO1', 'DEMO2', 'FINETUNE', 'RECIPES', 'MUTABLE_FIELDS',
            'RENAMED_FIELDS', 'PYTHON_WORDS', 'LossConfig', 'QuantizerConfig', 'TrainConfig', 'check_config',
            'lr_multiplier', 'published_stages', 'recipe', 'changed_settings', 'config_from_run', 'parse_setting',
-           'field_comments', 'type_name', 'describe_recipe', 'HelpFormatter', 'add_train_arguments', 'train_arguments']
+           'field_comments', 'describe_recipe', 'HelpFormatter', 'add_train_arguments', 'train_arguments']
 
 # %% ../nbs/09_recipes.ipynb #bc844854
 import argparse
@@ -23,6 +23,7 @@ from importlib.resources import files
 from math import inf
 
 from .config import BitVAEConfig, as_tuple, check_perceptual, check_types, config_from_dict
+from .config import type_name
 from .schedules import scale_schedule
 
 # %% ../nbs/09_recipes.ipynb #26425a52
@@ -293,10 +294,6 @@ def field_comments() -> dict[str, str]:
     source = "".join((files("bitvae") / name).read_text() for name in ("config.py", "recipes.py"))
     return dict(re.findall(r"^    (\w+): [^#\n]+ = [^#\n]+# (.+)$", source, re.MULTILINE))
 
-
-def type_name(kind: object) -> str:
-    "Return the text of an annotation: `float`, `int | None`, `tuple[int, ...]`."
-    return kind.__name__ if type(kind) is type else str(kind)
 
 # %% ../nbs/09_recipes.ipynb #f5f23b76
 def describe_recipe(config: TrainConfig, width: int = 110) -> str:
