@@ -335,6 +335,9 @@ def explain_hub_errors(task: str, repo: str, revision: str | None = None) -> Ite
         raise ConnectionError(f"{task}: {reason}; check the network, or {login}") from e
 
 # %% ../nbs/06_checkpoints.ipynb #37c6276a
+REPOSITORY_NAME = re.compile(r"(?!.*\.(pth?|ckpt|bin|safetensors)$)\w[\w.-]*/\w[\w.-]*")  # and no file's name
+
+
 @patch
 def push_to_hub(
     self: BitVAE,
@@ -399,9 +402,6 @@ def latest_in_run(folder: Path) -> Path:
     return next((path for path in reversed(results) if path.is_dir()), folder)
 
 # %% ../nbs/06_checkpoints.ipynb #3db3f85c
-REPOSITORY_NAME = re.compile(r"(?!.*\.(pth?|ckpt|bin|safetensors)$)\w[\w.-]*/\w[\w.-]*")  # and no file's name
-
-
 def find_tokenizer(
     name: str | os.PathLike,         # only text names a repository
     revision: str | None = None,     # see `fetch_repository`
