@@ -208,6 +208,7 @@ def section_b():
     shapes = [(2, 48, 3, 5), (1, 24, 1, 1)] if args.smoke else [
         (2, 128, 65, 63), (2, 256, 33, 31), (4, 512, 16, 16), (2, 48, 65, 9), (2, 24, 1, 1), (1, 160, 31, 5),
         (1, 1024, 7, 9), (1, 96, 513, 257), (2, 128, 256, 256)]  # fmt: skip
+    torch.manual_seed(0)
     worst, limit = {}, 1e-6
     for shape in shapes:
         x = torch.randn(shape, device=DEVICE) / 2 + 3 * torch.randn(1, shape[1], 1, 1, device=DEVICE)
