@@ -294,7 +294,6 @@ def field_comments() -> dict[str, str]:
     source = "".join((files("bitvae") / name).read_text() for name in ("config.py", "recipes.py"))
     return dict(re.findall(r"^    (\w+): [^#\n]+ = [^#\n]+# (.+)$", source, re.MULTILINE))
 
-
 # %% ../nbs/09_recipes.ipynb #f5f23b76
 def describe_recipe(config: TrainConfig, width: int = 110) -> str:
     "Return every value of a recipe and of its model with type, range and meaning, in lines of this width."
