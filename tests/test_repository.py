@@ -33,6 +33,11 @@ def test_package_notebooks_and_readme_agree():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_readme_lists_every_notebook():
+    table = (ROOT / "README.md").read_text().partition("| notebook |")[2]
+    assert [n for n in NOTEBOOKS if f"({n})" not in table] == ["nbs/index.ipynb"]
+
+
 @pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n != "nbs/experiments/evaluate.ipynb"])
 @pytest.mark.slow
 def test_notebook_runs(monkeypatch, notebook):  # tests/test_demo.py runs the experiment evaluate, twice

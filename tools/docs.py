@@ -377,9 +377,16 @@ def gallery(notebooks: dict[str, Notebook]) -> str:
     return "\n".join([*lines, "</div>", ""])
 
 
+def reading_order(file: Path) -> tuple[int, Path]:
+    "Return the sort key of a notebook: its place in README's table, then its name."
+    table = (ROOT / "README.md").read_text().partition("| notebook |")[2]
+    place = table.find(f"(nbs/{file.relative_to(ROOT / 'nbs')})")
+    return len(table) if place < 0 else place, file
+
+
 def write_pages(out: Path) -> list:
     "Write all pages into a folder; return the navigation."
-    notebooks = {n.name: n for n in map(Notebook, sorted((ROOT / "nbs").rglob("*.ipynb")))
+    notebooks = {n.name: n for n in map(Notebook, sorted((ROOT / "nbs").rglob("*.ipynb"), key=reading_order))
                  if n.name != "index" and ".ipynb_checkpoints" not in n.name}
     pages = {n.page: n.text() for n in notebooks.values()}
     with_module = [n for n in notebooks.values() if n.module]
