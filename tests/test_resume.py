@@ -292,7 +292,7 @@ def test_a_missing_data_folder_stops_the_run(tmp_path):
         images.rename(away)
 
     started = time.monotonic()
-    message = f"the folder {images} is gone: bring it back and resume"
+    message = f"the folder {images} is gone or empty: bring it back and resume"
     with pytest.raises(DataError, match=message):
         train(config, images, tmp_path / "run", workers=1, on_step=after_steps(3, remove))
     assert time.monotonic() - started < 60
