@@ -26,12 +26,15 @@ from bitvae.bits import Bits
 from bitvae.schedules import scale_schedule
 from bitvae.tokenizer import BitVAEConfig
 
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nvcc without a GPU is no news
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], object]],
     rounds: int = 5,
 ) -> dict[str, list[float]]:  # seconds of each round, by name
     "Time functions interleaved, in a new random order each round, after one warm-up call of each."
+
     def once(f: Callable[[], object]) -> float:
         start = time.perf_counter()
         f()
@@ -106,7 +109,7 @@ print(json.dumps(dict(libraries=0 if cuda else libraries, before=before, peak=pe
 def peak_memory(
     imports: str,  # Python statements
     prepare: str,  # Python statements that make what is needed
-    work: str,     # Python statements whose peak is measured
+    work: str,  # Python statements whose peak is measured
     runs: int = 3,
 ) -> dict[str, float]:  # medians of libraries, before and peak in bytes, and of seconds
     "Run Python in processes of its own and record their memory; raise `RuntimeError` if one fails."
@@ -172,17 +175,20 @@ def peer(package: str, name: str) -> type | None:
 def diffusers_autoencoder(c: BitVAEConfig) -> nn.Module | None:
     "Return `AutoencoderKL` of `diffusers` with a tokenizer's channels, without attention."
     n, cls = len(c.encoder_multipliers), peer("diffusers", "AutoencoderKL")
-    return cls and cls(
-        down_block_types=("DownEncoderBlock2D",) * n,
-        up_block_types=("UpDecoderBlock2D",) * n,
-        block_out_channels=tuple(c.channels * m for m in c.encoder_multipliers),
-        layers_per_block=c.res_blocks,
-        latent_channels=c.dim,
-        norm_num_groups=32,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    return (
+        cls
+        and cls(
+            down_block_types=("DownEncoderBlock2D",) * n,
+            up_block_types=("UpDecoderBlock2D",) * n,
+            block_out_channels=tuple(c.channels * m for m in c.encoder_multipliers),
+            layers_per_block=c.res_blocks,
+            latent_channels=c.dim,
+            norm_num_groups=32,
+            mid_block_add_attention=False,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).eval()
+    )
 
 
 def residual_lfq(d: int, h: int, w: int) -> nn.Module | None:
