@@ -19,7 +19,7 @@ def type_name(kind: object) -> str:
     "Return the text of an annotation: `float`, `int | None`, `tuple[int, ...]`."
     return kind.__name__ if type(kind) is type else str(kind)
 
-
+# %% ../nbs/04_config.ipynb #650c2710
 def check_types(
     config: object,  # a dataclass
 ) -> None:

@@ -350,10 +350,8 @@ def check_folder(folder: Path) -> None:
     "Raise `DataError` if an image's folder is gone or empty."
     try:
         found = any(os.scandir(folder))
-    except PermissionError:
-        found = True
-    except OSError:
-        found = False
+    except OSError as e:
+        found = isinstance(e, PermissionError)
     if not found:
         raise DataError(f"the folder {folder} is gone or empty: bring it back and resume")
 

@@ -278,7 +278,7 @@ def crop_schedule(tok: BitVAE, size: Size) -> Schedule:
     "Return the schedule of a crop (H, W); raise `ValueError` if the tokenizer's mode does not serve it."
     return scale_schedule(*(-(-side // tok.config.stride) for side in size), tok.quantizer.mode)
 
-
+# %% ../nbs/14_evaluation.ipynb #d9ebd02c
 def budget_schedules(tok: BitVAE, budget: str) -> dict[Size, Schedule]:
     "Return the schedule of each size of a budget, square first; raise `ValueError` if lengths differ."
     schedules = {size: crop_schedule(tok, size) for size in generation_sizes(budget)}

@@ -42,7 +42,7 @@ def portable_items(items: Callable[[], Iterator[Item]]) -> list[Item] | Callable
     few = partial(file_items, images, {i: labels[i] for i in indices}, indices)
     return list(items()) if isinstance(images, list) else few
 
-
+# %% ../nbs/25_ray_engine.ipynb #1c682f1f
 def portable_item(item: Item) -> Item:
     "Return a loaded item with an array, or an error that any machine can read."
     failed = isinstance(item.image, Exception)
