@@ -64,7 +64,7 @@ def read_shard(row: Mapping[str, Sequence], options: ShardOptions, folder: str) 
     "Load the images of a shard, as a task of Ray: pickled items become pickled batches, or an error."
     items = pickle.loads(row["items"][0])
     try:
-        enter_folder(folder, *([item.image for item in items] if isinstance(items, list) else items.args))
+        enter_folder(folder, *([i.image for i in items] if isinstance(items, list) else items.args[:1]))
         batches = options.prefetch(items if isinstance(items, list) else items())
         loaded = [[portable_item(item) for item in batch] for batch in batches]
     except EXPECTED_ERRORS as e:
