@@ -109,7 +109,7 @@ print(json.dumps(dict(libraries=0 if cuda else libraries, before=before, peak=pe
 def peak_memory(
     imports: str,  # Python statements
     prepare: str,  # Python statements that make what is needed
-    work: str,  # Python statements whose peak is measured
+    work: str,     # Python statements whose peak is measured
     runs: int = 3,
 ) -> dict[str, float]:  # medians of libraries, before and peak in bytes, and of seconds
     "Run Python in processes of its own and record their memory; raise `RuntimeError` if one fails."
@@ -175,20 +175,17 @@ def peer(package: str, name: str) -> type | None:
 def diffusers_autoencoder(c: BitVAEConfig) -> nn.Module | None:
     "Return `AutoencoderKL` of `diffusers` with a tokenizer's channels, without attention."
     n, cls = len(c.encoder_multipliers), peer("diffusers", "AutoencoderKL")
-    return (
-        cls
-        and cls(
-            down_block_types=("DownEncoderBlock2D",) * n,
-            up_block_types=("UpDecoderBlock2D",) * n,
-            block_out_channels=tuple(c.channels * m for m in c.encoder_multipliers),
-            layers_per_block=c.res_blocks,
-            latent_channels=c.dim,
-            norm_num_groups=32,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        ).eval()
-    )
+    return cls and cls(
+        down_block_types=("DownEncoderBlock2D",) * n,
+        up_block_types=("UpDecoderBlock2D",) * n,
+        block_out_channels=tuple(c.channels * m for m in c.encoder_multipliers),
+        layers_per_block=c.res_blocks,
+        latent_channels=c.dim,
+        norm_num_groups=32,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
 
 
 def residual_lfq(d: int, h: int, w: int) -> nn.Module | None:
