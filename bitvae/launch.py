@@ -248,10 +248,10 @@ class StopSignals:
     def receive(self, number: int, frame: object) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, self.previous[number])
+        if os.environ.get("RANK", "0") == "0":  # not by print, which the signal may have interrupted
+            os.write(2, f"{self.received}: stopping; once more stops at once\n".encode())
         if self.is_waiting:
             raise Interrupted(f"{self.received} while images were loaded, {RESUME_HINT}")
-        if os.environ.get("RANK", "0") == "0":  # not by print, which the signal may have interrupted
-            os.write(2, f"{self.received}: stopping after this step; once more stops at once\n".encode())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -182,7 +182,7 @@ def test_a_signal_to_the_launcher_stops_all_processes(tmp_path, sent):
     process.send_signal(sent)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and f"{sent.name} after step" in output and RESUME_HINT in output
-    assert output.count(f"{sent.name}: stopping after this step; once more stops at once\n") == 1
+    assert output.count(f"{sent.name}: stopping; once more stops at once\n") == 1
     wait_for(lambda: gone(running), 10)
     assert last_step(tmp_path) == len(read_metrics(tmp_path / "metrics.jsonl"))
     assert not (tmp_path / "tokenizer").exists()
