@@ -262,10 +262,13 @@ def model_card(
     results: Mapping | None = None,    # of `bitvae.evaluation.evaluate`
     name: str = "A bitwise tokenizer",
     source: str = "FOLDER",            # what to pass to `from_pretrained`
+    training: str = "",                # how it was trained, see `bitvae.run_dir.describe_training`
     **metadata,  # of `huggingface_hub.ModelCardData`, such as license="mit", datasets=["imagenet-1k"]
 ) -> "huggingface_hub.ModelCard":
     "Return a model card; raise `ValueError` for results of other weights."
     parts = [f"# {name}", CARD.format(source=source), f"```text\n{describe_tokenizer(tok)}\n```"]
+    if training:
+        parts += ["## Training", f"```text\n{training}\n```"]
     if results:
         from bitvae.evaluation import results_table
 
@@ -292,6 +295,7 @@ def save_pretrained(
     self: BitVAE,
     folder: str | os.PathLike,        # created if missing; or an address, such as s3://bucket/tokenizer
     results: Mapping | None = None,   # of `bitvae.evaluation.evaluate`, for the model card
+    training: str = "",               # for the card, see `bitvae.run_dir.describe_training`
     **metadata,                       # of the card, see `model_card`
 ) -> Path:  # the folder
     "Write config.json, model.safetensors, a fitted coder, and README.md if missing or if it is described."
@@ -300,7 +304,7 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
     contents = tokenizer_files(self)
     if results or metadata or not path_exists(folder / "README.md"):
-        contents["README.md"] = model_card(self, results, **metadata).content.encode()
+        contents["README.md"] = model_card(self, results, training=training, **metadata).content.encode()
     for name, content in contents.items():
         with atomic_write(folder / name) as part:
             part.write_bytes(content)
@@ -346,6 +350,7 @@ def push_to_hub(
     revision: str | None = None,     # a branch, created if missing; None: main
     token: str | None = None,        # None: that of `hf auth login`
     results: Mapping | None = None,  # of `bitvae.evaluation.evaluate`, for the model card
+    training: str = "",              # for the card, see `bitvae.run_dir.describe_training`
     **metadata,                      # of the card, see `model_card`
 ) -> str:  # the address of the commit
     "Upload a tokenizer, its coder and its model card; raise `ValueError` or what `explain_hub_errors` does."
@@ -354,7 +359,7 @@ def push_to_hub(
     api, message = huggingface_hub.HfApi(token=token), f"Upload tokenizer {self.fingerprint}"
     described = bool(results or metadata)
     with tempfile.TemporaryDirectory() as folder:
-        self.save_pretrained(folder, results, **{"name": repo, "source": repo, **metadata})
+        self.save_pretrained(folder, results, training, **{"name": repo, "source": repo, **metadata})
         with explain_hub_errors(f"cannot upload {repo} to the Hub", repo, revision):
             api.create_repo(repo, private=private, exist_ok=True)
             if revision:

@@ -330,11 +330,13 @@ def push_command(args: argparse.Namespace) -> None:
     "Upload a tokenizer to the Hugging Face Hub; log in with `hf auth login` first."
     from bitvae import BitVAE
     from bitvae.evaluation import read_results
+    from bitvae.run_dir import find_training
 
-    metadata = {name: getattr(args, name) for name in ("license", "datasets") if getattr(args, name)}
-    results = args.results and read_results(args.results)
+    card = {name: getattr(args, name) for name in ("license", "datasets") if getattr(args, name)}
+    card["results"] = args.results and read_results(args.results)
+    card["training"] = find_training(args.tokenizer)
     tok = BitVAE.from_pretrained(args.tokenizer)
-    address = tok.push_to_hub(args.repo, args.private or None, args.revision, results=results, **metadata)
+    address = tok.push_to_hub(args.repo, args.private or None, args.revision, **card)
     print(f"uploaded: {address}\nload it with BitVAE.from_pretrained({args.repo!r})")
 
 # %% ../nbs/30_cli.ipynb #5a24d5bf

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['read_metrics', 'reopen_metrics', 'MetricsLog', 'check_trackers', 'start_trackers', 'git_commit', 'describe_run',
-           'resume_key', 'RunExistsError', 'has_run', 'read_run', 'check_resumable', 'open_run_dir', 'UnreadableImages',
-           'name_scales', 'summarize_bits', 'CollapseWarning', 'CollapseWatch', 'validation_images', 'eval_mode',
-           'decode_progression', 'sample_grid', 'write_synced', 'remove_checkpoint', 'write_checkpoint',
-           'read_checkpoint', 'newest_checkpoint', 'validation_loss', 'prune_checkpoints', 'serialize_state',
-           'deserialize_state', 'init_discriminator']
+           'describe_training', 'resume_key', 'RunExistsError', 'has_run', 'read_run', 'find_training',
+           'check_resumable', 'open_run_dir', 'UnreadableImages', 'name_scales', 'summarize_bits', 'CollapseWarning',
+           'CollapseWatch', 'validation_images', 'eval_mode', 'decode_progression', 'sample_grid', 'write_synced',
+           'remove_checkpoint', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'validation_loss',
+           'prune_checkpoints', 'serialize_state', 'deserialize_state', 'init_discriminator']
 
 # %% ../nbs/11_run_dir.ipynb #ae968f6f
 import copy
@@ -39,7 +39,7 @@ from .config import DECODERS
 from .data import as_tuple, DataError, fingerprint, image_files, Images, Source
 from .images import held_out_photographs, ImageError, load_image, to_uint8
 from .quantizer import binary_entropy, prefix_latents
-from .recipes import config_from_run, MUTABLE_FIELDS, TrainConfig
+from .recipes import changed_settings, config_from_run, MUTABLE_FIELDS, TrainConfig
 from .storage import atomic_write
 from .tokenizer import BitVAE
 
@@ -149,6 +149,20 @@ def describe_run(config: TrainConfig, images: Images, accelerator) -> dict:  # a
         "threads": torch.get_num_threads(),
     }
 
+# %% ../nbs/11_run_dir.ipynb #56cd1e22
+def describe_training(
+    record: Mapping,  # the content of run.json
+) -> str:
+    "Return steps, recipe, images, versions and machine as text."
+    config, images, versions = (record[key] for key in ("config", "images", "versions"))
+    changed = changed_settings(config_from_run(config)).items()
+    recipe = ", ".join([config["name"], *(f"{key}={value}" for key, (_, value) in changed if key != "steps")])
+    count = "a stream of images" if images["count"] is None else f"{images['count']:,} images"
+    commit = f" (commit {record['commit']})" if record["commit"] else ""
+    return (f"{config['steps']:,} steps of recipe {recipe}\n{count}, fingerprint {images['fingerprint']}\n"
+            f"bitvae {versions['bitvae']}{commit}, torch {versions['torch']}, "
+            f"{record['processes']} x {record['device']}")
+
 # %% ../nbs/11_run_dir.ipynb #29ef4c48
 def resume_key(record: Mapping) -> dict:
     "Return the settings in run.json that must be equal to resume, as plain JSON values."
@@ -181,6 +195,16 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict]:
     except (OSError, ValueError, TypeError, KeyError) as e:
         problem = f"{run_dir} already holds a run, and {file} cannot be read ({e!r})"
         raise RunExistsError(f"{problem}: choose another folder") from None
+
+# %% ../nbs/11_run_dir.ipynb #eb2148e7
+def find_training(tokenizer: str | os.PathLike) -> str:
+    "Describe the finished run whose folder, or whose `tokenizer/`, this is; empty if there is none."
+    folder = Path(tokenizer).expanduser().resolve()
+    run_dir = folder.parent if folder.name == "tokenizer" else folder
+    with suppress(RunExistsError):
+        if (run_dir / "tokenizer").exists():
+            return describe_training(read_run(run_dir)[1])
+    return ""
 
 # %% ../nbs/11_run_dir.ipynb #cfaaea3c
 def check_resumable(run_dir: Path, record: dict, resume: bool) -> str:  # a note for the user, or ""

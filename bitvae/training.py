@@ -47,7 +47,7 @@ from .losses import discriminator_loss, generator_loss, perceptual_distance
 from .recipes import REQUIRED, TrainConfig, add_train_arguments, lr_multiplier, recipe
 from .run_dir import CollapseWatch, MetricsLog, UnreadableImages, check_resumable, check_trackers
 from .run_dir import decode_progression, start_trackers
-from .run_dir import describe_run, deserialize_state, has_run, init_discriminator
+from .run_dir import describe_run, describe_training, deserialize_state, has_run, init_discriminator
 from .run_dir import newest_checkpoint, open_run_dir, prune_checkpoints
 from .run_dir import read_run, sample_grid, serialize_state
 from .run_dir import summarize_bits, validation_images, write_checkpoint
@@ -679,7 +679,7 @@ def train(
             crops = stack.enter_context(remaining_crops(t, images, workers, stop.check))
         run_steps(t, crops, stop, unreadable, recorder, folder, on_step)
         if recorder:
-            t.eval_model.save_pretrained(folder / "tokenizer")
+            t.eval_model.save_pretrained(folder / "tokenizer", training=describe_training(record))
         accelerator.wait_for_everyone()
     return folder / "tokenizer"
 
