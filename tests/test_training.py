@@ -216,7 +216,8 @@ def test_trackers_on_the_command_line(tmp_path):
     missing = next(name for name in ("comet_ml", "aim", "mlflow") if not find_spec(name))
     result = bitvae("train", "smoke", "--folder", tmp_path / "run", "--log-with", "tensorboard", missing)
     assert result.returncode == 1 and f"pip install {missing}" in result.stderr
-    assert len(result.stderr.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "run").exists()
     options = ["--log-with", "tensorboard", "--project", "bits", "--processes", "2"]
     result = bitvae("train", "smoke", "--folder", tmp_path / "run", *options)
     assert result.returncode == 0, result.stderr
