@@ -185,11 +185,12 @@ def test_local_names_are_tried_first(hub, tok, tmp_path):
 
 def test_a_card_on_the_hub_is_kept(hub, tok):
     "Until new results or metadata are given."
-    tok.push_to_hub("user/small", token=TOKEN)
+    tok.push_to_hub("user/small", token=TOKEN, training="9 steps of recipe smoke")
     files = hub.repos["user/small"]["main"]
     assert 'from_pretrained("user/small")' in files["README.md"].decode()
+    assert "9 steps of recipe smoke" in files["README.md"].decode()
     files["README.md"] = b"my own text"
-    tok.push_to_hub("user/small", token=TOKEN)
+    tok.push_to_hub("user/small", token=TOKEN, training="9 steps of recipe smoke")
     assert files["README.md"] == b"my own text"
     results = evaluate(tok, bundled_photographs()[:2], protocol("clamped", size=32))
     tok.push_to_hub("user/small", token=TOKEN, results=results, license="mit", datasets=["user/photographs"])
